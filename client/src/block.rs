@@ -1,0 +1,224 @@
+//! What is said about blocks: requests, outcomes, and the view of a block's bytes.
+
+use bytes::Bytes;
+use tender_proto::{BlockKey, LayoutError, Shard};
+
+use crate::Terms;
+
+/// Where a block was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// Memory of the node.
+    Host,
+    /// The node's disks.
+    Disk,
+    /// Another node's memory.
+    Peer,
+    /// The shared object store.
+    Object,
+}
+
+/// Answer to a lookup.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lookup {
+    /// Blocks usable from the first on, in any tier.
+    pub prefix_blocks: usize,
+    /// Per key: in host memory.
+    pub host: Vec<bool>,
+    /// Per key: on disk.
+    pub disk: Vec<bool>,
+}
+
+/// A run of blocks to store.
+#[derive(Clone, Copy, Debug)]
+pub struct Put<'a> {
+    /// Key of the block before the first, or the root.
+    pub parent: BlockKey,
+    /// The run: each is the parent of the next.
+    pub keys: &'a [BlockKey],
+    /// Which part of each block `payloads` holds.
+    pub shard: Shard,
+    /// One per key, each of exactly the shard's bytes.
+    pub payloads: &'a [Bytes],
+    /// The blocks' tokens, if the store shall derive the keys again and compare; else empty.
+    pub tokens: &'a [u32],
+}
+
+impl Put<'_> {
+    /// The shard as the layout knows it; or why this put cannot be meant: such a one is refused as a whole, before anything is sent
+    /// or kept.
+    pub(crate) fn check(&self, terms: &Terms) -> Result<Shard, String> {
+        let Shard { index, count } = self.shard;
+        let shard = terms.attach.layout.shard(index.into(), count.into()).map_err(|error| error.to_string())?;
+        let (keys, payloads) = (self.keys.len(), self.payloads.len());
+        if keys != payloads {
+            return Err(format!("{payloads} payloads came for {keys} keys; give one for each"));
+        }
+        let bytes = terms.shard_bytes(shard.count);
+        if let Some(wrong) = self.payloads.iter().position(|payload| payload.len() != bytes) {
+            let found = self.payloads[wrong].len();
+            return Err(format!("payload {wrong} has {found} bytes, but shard {shard} of this layout has {bytes}"));
+        }
+        let block_tokens = terms.attach.namespace.block_tokens;
+        let tokens = keys * block_tokens as usize;
+        if self.tokens.is_empty() {
+            return Ok(shard);
+        }
+        if self.tokens.len() != tokens {
+            let found = self.tokens.len();
+            return Err(format!("{found} tokens came for {keys} keys, but they have {tokens}; give all or none"));
+        }
+        // The daemon derives them again for its own sake; here it costs 0.1 us per block and finds a mistake before any byte is sent.
+        if self.parent.chain(self.tokens, block_tokens) != self.keys {
+            return Err("tokens and parent do not derive the keys; give the run's own, in order".to_owned());
+        }
+        Ok(shard)
+    }
+
+    /// One refusal for each key, with the reason in the log: it is a mistake of the caller, who should find it.
+    pub(crate) fn refused(&self, fault: &str) -> Vec<PutOutcome> {
+        tracing::warn!(keys = self.keys.len(), "put refused: {fault}");
+        vec![PutOutcome::Refused; self.keys.len()]
+    }
+}
+
+/// What became of a block that was put.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PutOutcome {
+    /// There, for everyone who may see it.
+    Stored,
+    /// There, but other shards of the block are still missing.
+    ShardStored,
+    /// Was there before.
+    AlreadyPresent,
+    /// Somebody else is writing it now.
+    BeingWritten,
+    /// No slot could be freed.
+    NoRoom,
+    /// The tenant's quota is too small for it.
+    OverQuota,
+    /// What arrived was not what was sent, or key and tokens do not fit; not stored.
+    Refused,
+    /// Too much to do; later perhaps.
+    Shed,
+    /// No store was there, or it went away meanwhile.
+    Unavailable,
+}
+
+impl PutOutcome {
+    /// Whether this shard of the block is in the store now.
+    pub fn is_there(self) -> bool {
+        matches!(self, Self::Stored | Self::ShardStored | Self::AlreadyPresent)
+    }
+}
+
+/// Answer to a get.
+#[derive(Debug)]
+pub struct Got {
+    /// The run, in the order of the keys.
+    pub blocks: Vec<BlockView>,
+    /// Why it ends there.
+    pub end: GetEnd,
+}
+
+impl Got {
+    /// Nothing, for a question that cannot be meant, with the reason in the log: no block is like that.
+    pub(crate) fn refused(fault: &LayoutError) -> Self {
+        tracing::warn!("get refused: {fault}");
+        Self { blocks: Vec::new(), end: GetEnd::Miss }
+    }
+}
+
+/// Why a run of blocks ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GetEnd {
+    /// All that was asked for.
+    Complete,
+    /// The next block is not there.
+    Miss,
+    /// It was not there in time.
+    Deadline,
+    /// The store has no memory or no turn for it now.
+    Shed,
+    /// No store was there, or it went away meanwhile.
+    Unavailable,
+    /// The next block arrived with other bytes than were stored; it was thrown away.
+    SumMismatch,
+}
+
+/// Read-only view of a block's bytes. Bytes may lie in memory shared with a store, so there is no `&[u8]` of them: they are copied out
+/// or compared.
+#[derive(Clone, Debug)]
+pub struct BlockView {
+    tier: Tier,
+    bytes: Bytes,
+}
+
+impl BlockView {
+    pub(crate) fn new(tier: Tier, bytes: Bytes) -> Self {
+        Self { tier, bytes }
+    }
+
+    /// Where it was found.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// Copies all bytes to `target`, which must have exactly their length.
+    pub fn copy_to(&self, target: &mut [u8]) {
+        target.copy_from_slice(&self.bytes);
+    }
+
+    /// A copy of all bytes.
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.bytes.to_vec()
+    }
+
+    /// Whether the bytes are these.
+    pub fn equals(&self, bytes: &[u8]) -> bool {
+        self.bytes == bytes
+    }
+}
+
+/// How far a prefetch has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Prefetched {
+    /// In host memory now.
+    pub resident_blocks: usize,
+    /// Of these, brought up by this request.
+    pub loaded_blocks: usize,
+    /// In no tier, or lost on the way.
+    pub missing_blocks: usize,
+    /// Given up: too much to do, no memory, deadline, no store.
+    pub shed_blocks: usize,
+}
+
+/// What to forget.
+#[derive(Clone, Copy, Debug)]
+pub enum Purge<'a> {
+    /// These blocks.
+    Keys(&'a [BlockKey]),
+    /// Everything under the namespace.
+    Namespace,
+}
+
+/// Answer to a purge.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Purged {
+    /// Forgotten.
+    pub purged_blocks: u64,
+    /// Of these, in use just now: gone for lookups, freed when the last user is done.
+    pub busy_blocks: u64,
+    /// Whether the store was there and finished in time.
+    pub complete: bool,
+}

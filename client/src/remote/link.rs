@@ -1,0 +1,244 @@
+//! An attachment over a connection, and how it is had again when one of them is lost.
+//!
+//! ```text
+//!            a call finds the daemon gone, or itself detached
+//!   attached ────────────────────────────────────────────────► lost ── a task attaches: at once, then after 100 ms, 200 ms … 5 s
+//!       ▲                                                        │     calls meanwhile fail at once
+//!       └──────────── attached again, under the same root ───────┘
+//! ```
+//! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss.
+
+use std::sync::{Arc, Weak};
+
+use tender_proto::wire::blocks_client::BlocksClient;
+use tender_proto::wire::{self, AttachReply};
+use tender_proto::{BlockKey, PROTOCOL_VERSION, TenantSalt};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tonic::Request;
+use tonic::transport::Channel;
+
+use super::connection::Door;
+use super::deadline;
+use super::failure::Failure;
+use crate::{Attach, AttachError, Terms};
+
+/// What a daemon that names no limit is taken to hold.
+const MESSAGE_BYTES_DEFAULT: usize = 4 << 20;
+
+/// Replies are larger than what they carry.
+const MESSAGE_OVERHEAD_BYTES: usize = 4096;
+
+/// One attachment over one connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    door: Door,
+    channel: Channel,
+    pub(super) attachment: u64,
+    pub(super) keys_max: usize,
+    pub(super) chunk_bytes_max: usize,
+    request_bytes_max: usize,
+}
+
+impl Link {
+    /// Connects and attaches. `expected` is the root that earlier keys were derived from.
+    pub(super) async fn attach(
+        door: &Door,
+        attach: &Attach,
+        expected: Option<&BlockKey>,
+    ) -> Result<(Self, Terms), AttachError> {
+        let channel = door.connect().await?;
+        let request = wire::AttachRequest {
+            protocol_version: PROTOCOL_VERSION,
+            group: attach.group.clone(),
+            member: attach.member.clone(),
+            namespace: Some((&attach.namespace).into()),
+            layout: Some((&attach.layout).into()),
+            expected_root: expected.map(|root| root.as_bytes().to_vec().into()).unwrap_or_default(),
+        };
+        let mut client = BlocksClient::new(channel.clone());
+        let reply = door.first_answer(client.attach(door.request(request))).await?;
+        let terms = terms(attach, &reply)?;
+        let or = |value: u64, default: usize| if value == 0 { default } else { value as usize };
+        let request_bytes_max = or(reply.request_bytes_max, MESSAGE_BYTES_DEFAULT).max(2 * MESSAGE_OVERHEAD_BYTES);
+        let link = Self {
+            door: door.clone(),
+            channel,
+            attachment: reply.attachment,
+            keys_max: terms.keys_max,
+            chunk_bytes_max: or(reply.chunk_bytes_max, 1 << 20).min(request_bytes_max - MESSAGE_OVERHEAD_BYTES),
+            request_bytes_max,
+        };
+        Ok((link, terms))
+    }
+
+    /// A client for one call.
+    pub(super) fn client(&self) -> BlocksClient<Channel> {
+        BlocksClient::new(self.channel.clone())
+            .max_encoding_message_size(self.request_bytes_max)
+            .max_decoding_message_size(self.request_bytes_max.max(MESSAGE_BYTES_DEFAULT))
+    }
+
+    pub(super) fn request<T>(&self, message: T) -> Request<T> {
+        self.door.request(message)
+    }
+}
+
+/// What was agreed on, with the root derived here from the daemon's salt.
+fn terms(attach: &Attach, reply: &AttachReply) -> Result<Terms, AttachError> {
+    let malformed = |what: &str| {
+        AttachError::Refused(format!("its answer to attach holds {what}; their versions do not fit together"))
+    };
+    let salt = <[u8; 32]>::try_from(&reply.salt[..]).map_err(|_| malformed("a salt that has not 32 bytes"))?;
+    let theirs = <[u8; 32]>::try_from(&reply.root[..]).map_err(|_| malformed("a root that has not 32 bytes"))?;
+    let (salt, theirs) = (TenantSalt::from_bytes(salt), BlockKey::from_bytes(theirs));
+    let ours = attach.namespace.root(&salt);
+    if ours != theirs {
+        return Err(AttachError::RootsDiffer { ours, theirs });
+    }
+    let (bytes, expected) = (reply.block_bytes, attach.layout.block_bytes());
+    if bytes != expected {
+        return Err(malformed(&format!("{bytes} bytes per block where this layout has {expected}")));
+    }
+    let keys_max = (reply.keys_max as usize).max(1);
+    Ok(Terms { attach: attach.clone(), tenant: reply.tenant.clone(), salt, root: ours, keys_max })
+}
+
+/// The link in use, or the way back to one.
+#[derive(Debug)]
+pub(super) struct Links {
+    door: Door,
+    attach: Attach,
+    root: BlockKey,
+    state: watch::Sender<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    link: Option<Arc<Link>>,
+    /// Attempts since the link was lost.
+    failed_attempts: u32,
+    /// Whether a task is at it.
+    is_attaching: bool,
+}
+
+impl Links {
+    pub(super) fn new(door: Door, link: Link, terms: &Terms) -> Arc<Self> {
+        let state = State { link: Some(Arc::new(link)), failed_attempts: 0, is_attaching: false };
+        Arc::new(Self { door, attach: terms.attach.clone(), root: terms.root, state: watch::Sender::new(state) })
+    }
+
+    /// The link, at once; or the news that there is none.
+    pub(super) fn current(self: &Arc<Self>) -> Result<Arc<Link>, Failure> {
+        let link = self.state.borrow().link.clone();
+        link.ok_or_else(|| {
+            // Only if the task ended with the runtime that it ran on.
+            self.attach_anew();
+            Failure::Gone
+        })
+    }
+
+    /// After a call over `dead` failed: another link, if one is to be had soon.
+    pub(super) async fn another(self: &Arc<Self>, dead: &Arc<Link>) -> Result<Arc<Link>, Failure> {
+        self.lose(dead);
+        let mut state = self.state.subscribe();
+        let settled = state.wait_for(|state| state.link.is_some() || state.failed_attempts > 0);
+        match timeout(deadline::RECONNECT_WAIT, settled).await {
+            Ok(Ok(state)) => state.link.clone().ok_or(Failure::Gone),
+            _ => Err(Failure::Gone),
+        }
+    }
+
+    /// Takes a link that failed out of use.
+    pub(super) fn lose(self: &Arc<Self>, dead: &Arc<Link>) {
+        let lost = self.state.send_if_modified(|state| {
+            let is_current = state.link.as_ref().is_some_and(|link| Arc::ptr_eq(link, dead));
+            if is_current {
+                state.link = None;
+                state.failed_attempts = 0;
+            }
+            is_current
+        });
+        if lost {
+            tracing::warn!(door = ?self.door, "lost the daemon; blocks are misses until it is back");
+        }
+        self.attach_anew();
+    }
+
+    /// Starts the task that attaches, unless there is one or no need.
+    fn attach_anew(self: &Arc<Self>) {
+        let start = self.state.send_if_modified(|state| {
+            let start = state.link.is_none() && !state.is_attaching;
+            state.is_attaching |= start;
+            start
+        });
+        if start {
+            let task = Attaching { links: Arc::downgrade(self), is_over: false };
+            tokio::spawn(task.run());
+        }
+    }
+
+    async fn attempt(&self) -> Result<Link, AttachError> {
+        let (link, terms) = Link::attach(&self.door, &self.attach, Some(&self.root)).await?;
+        if terms.root != self.root {
+            // Keys given out were derived from the old root: under the new one they would name nothing.
+            tracing::error!("the daemon came back with another salt for this tenant; attach anew to use it");
+            return Err(AttachError::RootsDiffer { ours: self.root, theirs: terms.root });
+        }
+        Ok(link)
+    }
+}
+
+impl Drop for Links {
+    fn drop(&mut self) {
+        let Some(link) = self.state.borrow().link.clone() else { return };
+        // Leaving is a courtesy: the daemon forgets an attachment by itself, later.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                let request = link.request(wire::DetachRequest { attachment: link.attachment });
+                let _courtesy = timeout(deadline::GRACE, link.client().detach(request)).await;
+            });
+        }
+    }
+}
+
+/// The task that attaches; ends when it did, or when nobody holds the links any more.
+struct Attaching {
+    links: Weak<Links>,
+    is_over: bool,
+}
+
+impl Attaching {
+    async fn run(mut self) {
+        let mut pause = deadline::RECONNECT_PAUSE_MIN;
+        while let Some(links) = self.links.upgrade() {
+            match links.attempt().await {
+                Ok(link) => {
+                    tracing::info!(door = ?links.door, "attached to the daemon again");
+                    self.is_over = true;
+                    links.state.send_modify(|state| {
+                        state.link = Some(Arc::new(link));
+                        state.is_attaching = false;
+                    });
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!("not attached: {error}");
+                    links.state.send_modify(|state| state.failed_attempts = state.failed_attempts.saturating_add(1));
+                }
+            }
+            drop(links);
+            sleep(pause).await;
+            pause = (2 * pause).min(deadline::RECONNECT_PAUSE_MAX);
+        }
+    }
+}
+
+impl Drop for Attaching {
+    fn drop(&mut self) {
+        // Dropped with its runtime: whoever calls next, on another one, starts it again.
+        if let (false, Some(links)) = (self.is_over, self.links.upgrade()) {
+            links.state.send_modify(|state| state.is_attaching = false);
+        }
+    }
+}

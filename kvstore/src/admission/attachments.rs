@@ -1,0 +1,146 @@
+//! Who is attached: processes, in groups, each under one namespace.
+
+use std::collections::HashMap;
+
+use tender_proto::Namespace;
+
+use crate::index::ids::{GroupId, NamespaceId, TenantId};
+use crate::limits;
+use crate::request::verb::AttachmentId;
+
+/// One process under one namespace.
+#[derive(Clone, Debug)]
+pub struct Attachment {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Its keys' namespace.
+    pub namespace: NamespaceId,
+    /// Its group: reservations and leases belong to it.
+    pub group: GroupId,
+    /// Name of the process, for people.
+    pub member: String,
+    used_ms: u64,
+}
+
+#[derive(Debug)]
+struct Group {
+    id: GroupId,
+    members: usize,
+    /// What its first member said of the model: the others must agree.
+    namespace: Namespace,
+}
+
+/// All attachments.
+#[derive(Debug, Default)]
+pub struct Attachments {
+    attachments: HashMap<AttachmentId, (Attachment, String)>,
+    groups: HashMap<(TenantId, String), Group>,
+    last_group: u32,
+}
+
+/// Why an attach is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AttachError {
+    /// Members of one engine instance say different things.
+    #[error(
+        "namespace.{field} disagrees within group `{group}`: this member says `{ours}`, the others `{theirs}`; they would derive \
+         different keys. Give all members the same, or this one another group"
+    )]
+    GroupDisagrees {
+        /// Name of the group.
+        group: String,
+        /// Name on the wire.
+        field: &'static str,
+        /// What came.
+        ours: String,
+        /// What the first member said.
+        theirs: String,
+    },
+    /// The table is full.
+    #[error("{} attachments are in use and no more fit; detach what is not needed", limits::ATTACHMENTS_MAX)]
+    Full,
+}
+
+impl Attachments {
+    /// Whether a process may join that group under that namespace.
+    pub fn may_join(&self, tenant: TenantId, group: &str, namespace: &Namespace) -> Result<(), AttachError> {
+        if self.attachments.len() >= limits::ATTACHMENTS_MAX {
+            return Err(AttachError::Full);
+        }
+        let Some(known) = self.groups.get(&(tenant, group.to_owned())) else { return Ok(()) };
+        let theirs = &known.namespace;
+        let fields = [
+            ("model", namespace.model.clone(), theirs.model.clone()),
+            ("revision", namespace.revision.clone(), theirs.revision.clone()),
+            ("kv_dtype", namespace.kv_dtype.clone(), theirs.kv_dtype.clone()),
+            ("block_tokens", namespace.block_tokens.to_string(), theirs.block_tokens.to_string()),
+        ];
+        match fields.into_iter().find(|(_, ours, theirs)| ours != theirs) {
+            Some((field, ours, theirs)) => {
+                Err(AttachError::GroupDisagrees { group: group.to_owned(), field, ours, theirs })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Adds a process that may join.
+    #[expect(clippy::too_many_arguments, reason = "each is a different thing, and there is one caller")]
+    pub fn join(
+        &mut self,
+        id: AttachmentId,
+        tenant: TenantId,
+        group: String,
+        member: String,
+        namespace: NamespaceId,
+        spoken: Namespace,
+        now_ms: u64,
+    ) {
+        let last = &mut self.last_group;
+        let entry = self.groups.entry((tenant, group.clone())).or_insert_with(|| {
+            *last += 1;
+            Group { id: GroupId(*last), members: 0, namespace: spoken }
+        });
+        entry.members += 1;
+        let attachment = Attachment { tenant, namespace, group: entry.id, member, used_ms: now_ms };
+        self.attachments.insert(id, (attachment, group));
+    }
+
+    /// The attachment of that name, if it is the tenant's; it counts as used.
+    pub fn get(&mut self, id: AttachmentId, tenant: TenantId, now_ms: u64) -> Option<&Attachment> {
+        let (attachment, _) = self.attachments.get_mut(&id)?;
+        attachment.used_ms = now_ms;
+        (attachment.tenant == tenant).then_some(attachment)
+    }
+
+    /// Ends an attachment of that tenant.
+    pub fn leave(&mut self, id: AttachmentId, tenant: TenantId) {
+        if self.attachments.get(&id).is_some_and(|(attachment, _)| attachment.tenant == tenant) {
+            self.remove(id);
+        }
+    }
+
+    /// Ends attachments that nobody has used for long.
+    pub fn expire(&mut self, now_ms: u64) {
+        let idle_ms = limits::ATTACHMENT_IDLE.as_millis() as u64;
+        let idle = self.attachments.iter().filter(|(_, (attachment, _))| attachment.used_ms + idle_ms < now_ms);
+        for id in idle.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.remove(id);
+        }
+    }
+
+    fn remove(&mut self, id: AttachmentId) {
+        let Some((attachment, group)) = self.attachments.remove(&id) else { return };
+        let name = (attachment.tenant, group);
+        if let Some(group) = self.groups.get_mut(&name) {
+            group.members -= 1;
+            if group.members == 0 {
+                self.groups.remove(&name);
+            }
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.attachments.len()
+    }
+}

@@ -1,0 +1,4 @@
+//! The floor: hardware behind small traits, and the only place of this crate that may say `unsafe`.
+
+pub mod block;
+pub mod memory;

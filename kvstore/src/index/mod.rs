@@ -1,0 +1,423 @@
+//! What do we have, and where? A tree of nodes, one per block, with its copy in each tier; the order in which copies go; numbered
+//! events of what came and went. Owns no slot and no byte: a copy is the name of its first slot.
+//!
+//! Invariants, checked by [`Index::check`]:
+//! * a node exists while it has a copy, is being filled, or has children;
+//! * its `children` count, per tier, the children with a copy there (a block being filled counts as one in host memory);
+//! * a node is in a tier's order exactly while it has a copy in that tier;
+//! * victims are leaves of their tier, and nothing leaves the union of the tiers while a child is in it, so that what is present
+//!   hangs together. Where a copy is lost all the same (a fault, a segment that changes owner), the node stays as a ghost: its
+//!   subtree is dead in O(1), goes before anything else, and lives again if the block is put again.
+
+mod eviction;
+pub mod events;
+pub mod ids;
+pub mod namespaces;
+
+use hashbrown::HashTable;
+use tender_proto::{BlockKey, sum};
+
+pub use self::eviction::{Eviction, Lru};
+use self::events::{Events, Place, Residency};
+use self::ids::{NamespaceId, NodeId, TenantId};
+use self::namespaces::Namespaces;
+use crate::limits;
+use crate::tier::slab::{ShelfId, SlotId};
+
+/// One block.
+#[derive(Clone, Copy, Debug)]
+pub struct Node {
+    /// Its key.
+    pub key: BlockKey,
+    /// Its namespace: the same key under another is another block.
+    pub namespace: NamespaceId,
+    /// The block before it.
+    pub parent: NodeId,
+    first_child: NodeId,
+    next_sibling: NodeId,
+    previous_sibling: NodeId,
+    copies: [SlotId; 2],
+    /// First slot of the copy that is being filled: shards reserved or already there, the block not yet whole.
+    pub filling: SlotId,
+    children: [u32; 2],
+    /// A write-back is queued or under way.
+    pub writing: bool,
+    /// Was found in a tier since it was put; worth more than one that never was.
+    pub reused: bool,
+    /// A slot is being sought for it: it stays while others go.
+    pub pinned: bool,
+}
+
+/// The index of one node's tiers.
+pub struct Index {
+    nodes: Vec<Node>,
+    free: Vec<NodeId>,
+    table: HashTable<NodeId>,
+    table_seed: u64,
+    orders: [Box<dyn Eviction>; 2],
+    dead: Vec<NodeId>,
+    /// Blocks with a copy, per tier.
+    pub blocks: [u64; 2],
+    /// All namespaces.
+    pub namespaces: Namespaces,
+    /// What came and went.
+    pub events: Events,
+}
+
+impl Place {
+    /// Place in arrays of two.
+    pub const fn at(self) -> usize {
+        self as usize
+    }
+
+    /// The other tier.
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Host => Self::Disk,
+            Self::Disk => Self::Host,
+        }
+    }
+}
+
+impl Node {
+    /// First slot of its copy in a tier.
+    pub fn copy(&self, place: Place) -> Option<SlotId> {
+        let slot = self.copies[place.at()];
+        (slot != SlotId::NONE).then_some(slot)
+    }
+
+    /// Whether it can be found.
+    pub fn is_present(&self) -> bool {
+        self.copies != [SlotId::NONE; 2]
+    }
+
+    fn is_ghost(&self) -> bool {
+        !self.is_present() && self.filling == SlotId::NONE && !self.pinned
+    }
+}
+
+fn hash(seed: u64, namespace: NamespaceId, key: &BlockKey) -> u64 {
+    sum::mix(sum::seed(key, tender_proto::Shard::WHOLE, seed) ^ u64::from(namespace.0))
+}
+
+impl Index {
+    /// Nothing yet. `table_seed` makes the table's hash unknown to whoever chooses keys.
+    pub fn new(tenant_count: usize, table_seed: u64) -> Self {
+        Self {
+            nodes: Vec::new(),
+            free: Vec::new(),
+            table: HashTable::new(),
+            table_seed,
+            orders: [Box::new(Lru::default()), Box::new(Lru::default())],
+            dead: Vec::new(),
+            blocks: [0; 2],
+            namespaces: Namespaces::default(),
+            events: Events::new(tenant_count),
+        }
+    }
+
+    /// The node of that name.
+    pub fn node(&self, node: NodeId) -> &Node {
+        &self.nodes[node.place()]
+    }
+
+    /// Marks of a node that the caller owns: `writing`, `reused`.
+    pub fn node_mut(&mut self, node: NodeId) -> &mut Node {
+        &mut self.nodes[node.place()]
+    }
+
+    /// Number of nodes, ghosts included.
+    pub fn len(&self) -> usize {
+        self.nodes.len() - self.free.len()
+    }
+
+    /// One past the highest name of a node, for walks over all.
+    pub fn end(&self) -> u32 {
+        self.nodes.len() as u32
+    }
+
+    /// The block with that key.
+    pub fn find(&self, namespace: NamespaceId, key: &BlockKey) -> Option<NodeId> {
+        let same = |node: &NodeId| {
+            let node = self.node(*node);
+            node.key == *key && node.namespace == namespace
+        };
+        self.table.find(hash(self.table_seed, namespace, key), same).copied()
+    }
+
+    /// The block with that key, as a ghost if it was not known, hung under its parent (a ghost too, if it was not known).
+    pub fn find_or_insert(&mut self, namespace: NamespaceId, key: BlockKey, parent: BlockKey) -> NodeId {
+        let node = self.find(namespace, &key).unwrap_or_else(|| self.insert(namespace, key));
+        if self.node(node).parent == NodeId::NONE && !self.is_root(node) {
+            let parent = self.find(namespace, &parent).unwrap_or_else(|| self.insert(namespace, parent));
+            if parent != node {
+                self.link(parent, node);
+            }
+        }
+        node
+    }
+
+    fn insert(&mut self, namespace: NamespaceId, key: BlockKey) -> NodeId {
+        let node = Node {
+            key,
+            namespace,
+            parent: NodeId::NONE,
+            first_child: NodeId::NONE,
+            next_sibling: NodeId::NONE,
+            previous_sibling: NodeId::NONE,
+            copies: [SlotId::NONE; 2],
+            filling: SlotId::NONE,
+            children: [0; 2],
+            writing: false,
+            reused: false,
+            pinned: false,
+        };
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.nodes.push(node);
+            NodeId(self.nodes.len() as u32 - 1)
+        });
+        self.nodes[id.place()] = node;
+        let seed = self.table_seed;
+        let nodes = &self.nodes;
+        self.table.insert_unique(hash(seed, namespace, &key), id, |node| {
+            let node = &nodes[node.place()];
+            hash(seed, node.namespace, &node.key)
+        });
+        id
+    }
+
+    fn link(&mut self, parent: NodeId, node: NodeId) {
+        let sibling = std::mem::replace(&mut self.nodes[parent.place()].first_child, node);
+        if sibling != NodeId::NONE {
+            self.nodes[sibling.place()].previous_sibling = node;
+        }
+        let held = self.held(node);
+        let record = &mut self.nodes[node.place()];
+        (record.parent, record.next_sibling) = (parent, sibling);
+        for (count, held) in self.nodes[parent.place()].children.iter_mut().zip(held) {
+            *count += u32::from(held);
+        }
+    }
+
+    /// Where a node counts as its parent's child.
+    fn held(&self, node: NodeId) -> [bool; 2] {
+        let node = self.node(node);
+        let host = node.copies[0] != SlotId::NONE || node.filling != SlotId::NONE;
+        [host, node.copies[1] != SlotId::NONE]
+    }
+
+    /// The namespace's root: it has no bytes and is always there.
+    pub fn is_root(&self, node: NodeId) -> bool {
+        let node = self.node(node);
+        node.key.tag() == self.namespaces.get(node.namespace).tag
+    }
+
+    /// Applies a change to a node's copies and keeps all counts right.
+    fn change(&mut self, node: NodeId, change: impl FnOnce(&mut Node)) {
+        let (before, was_present) = (self.held(node), self.node(node).is_present());
+        change(&mut self.nodes[node.place()]);
+        let (after, is_present) = (self.held(node), self.node(node).is_present());
+        let Node { parent, namespace, .. } = *self.node(node);
+        if parent != NodeId::NONE {
+            for place in 0..2 {
+                let count = &mut self.nodes[parent.place()].children[place];
+                *count = *count + u32::from(after[place]) - u32::from(before[place]);
+            }
+        }
+        let blocks = &mut self.namespaces.get_mut(namespace).blocks;
+        *blocks = *blocks + u64::from(is_present) - u64::from(was_present);
+        self.bury_or_forget(node);
+    }
+
+    /// A node without any copy is forgotten when nothing hangs under it, and dead with all below it otherwise.
+    fn bury_or_forget(&mut self, node: NodeId) {
+        let mut node = node;
+        while node != NodeId::NONE && self.node(node).is_ghost() {
+            if self.node(node).first_child != NodeId::NONE {
+                if !self.is_root(node) {
+                    self.dead.push(node);
+                }
+                return;
+            }
+            let parent = self.node(node).parent;
+            self.forget(node);
+            node = parent;
+        }
+    }
+
+    /// Forgets a node that was looked up for a put that came to nothing.
+    pub fn forget_if_unused(&mut self, node: NodeId) {
+        if self.node(node).is_ghost() && self.node(node).first_child == NodeId::NONE {
+            self.bury_or_forget(node);
+        }
+    }
+
+    fn forget(&mut self, node: NodeId) {
+        let Node { key, namespace, parent, next_sibling, previous_sibling, .. } = *self.node(node);
+        if next_sibling != NodeId::NONE {
+            self.nodes[next_sibling.place()].previous_sibling = previous_sibling;
+        }
+        if previous_sibling != NodeId::NONE {
+            self.nodes[previous_sibling.place()].next_sibling = next_sibling;
+        } else if parent != NodeId::NONE {
+            self.nodes[parent.place()].first_child = next_sibling;
+        }
+        let found = self.table.find_entry(hash(self.table_seed, namespace, &key), |&id| id == node);
+        found.expect("every node is in the table").remove();
+        self.free.push(node);
+    }
+
+    /// A copy became readable: it enters the tier's order and watchers are told.
+    pub fn publish(&mut self, node: NodeId, place: Place, slot: SlotId, shelf: ShelfId, block_bytes: u32, now_ms: u64) {
+        assert!(self.node(node).copy(place).is_none(), "a tier holds one copy of a block");
+        self.change(node, |node| node.copies[place.at()] = slot);
+        self.orders[place.at()].insert(shelf, node, now_ms);
+        self.blocks[place.at()] += 1;
+        self.tell(node, place, true, block_bytes);
+    }
+
+    /// A copy leaves; returns its first slot. The node may be gone afterwards.
+    pub fn withdraw(&mut self, node: NodeId, place: Place, shelf: ShelfId, block_bytes: u32) -> SlotId {
+        let slot = self.node(node).copy(place).expect("only a copy that is there is withdrawn");
+        self.orders[place.at()].remove(shelf, node);
+        self.blocks[place.at()] -= 1;
+        self.tell(node, place, false, block_bytes);
+        self.change(node, |node| node.copies[place.at()] = SlotId::NONE);
+        slot
+    }
+
+    /// Sets or clears the copy that is being filled. The node may be gone afterwards.
+    pub fn set_filling(&mut self, node: NodeId, slot: SlotId) {
+        self.change(node, |node| node.filling = slot);
+    }
+
+    fn tell(&mut self, node: NodeId, place: Place, present: bool, block_bytes: u32) {
+        let Node { key, parent, namespace, .. } = *self.node(node);
+        let parent = self.parent_key(parent);
+        let record = self.namespaces.get(namespace);
+        let event = Residency { key, parent, place, present, namespace: record.tag, block_bytes };
+        self.events.push(record.tenant, event);
+    }
+
+    /// Key of a parent; zeros for none.
+    pub fn parent_key(&self, parent: NodeId) -> BlockKey {
+        if parent == NodeId::NONE { BlockKey::from_bytes([0; 32]) } else { self.node(parent).key }
+    }
+
+    /// Blocks were used: touches them from the last to the first, so that of one chain the leaf goes first.
+    pub fn touch(&mut self, place: Place, shelf: ShelfId, node: NodeId, now_ms: u64) {
+        self.orders[place.at()].touch(shelf, node, now_ms);
+    }
+
+    /// The copy that should leave this shelf: the coldest that may go and that `free` finds unused. Those in front of it which may not
+    /// go are moved behind, each once for every time they come to the front.
+    pub fn victim(
+        &mut self,
+        place: Place,
+        shelf: ShelfId,
+        now_ms: u64,
+        mut free: impl FnMut(NodeId, &Node) -> bool,
+    ) -> Option<NodeId> {
+        for _ in 0..limits::VICTIM_STEPS_MAX {
+            let coldest = self.orders[place.at()].coldest(shelf)?;
+            if self.may_go(coldest, place) && free(coldest, self.node(coldest)) {
+                return Some(coldest);
+            }
+            self.orders[place.at()].touch(shelf, coldest, now_ms);
+        }
+        None
+    }
+
+    /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed.
+    fn may_go(&self, node: NodeId, place: Place) -> bool {
+        let node = self.node(node);
+        !node.pinned && node.children[place.at()] == 0 && (node.copy(place.other()).is_some() || node.children[place.other().at()] == 0)
+    }
+
+    /// When a shelf's coldest copy was used last.
+    pub fn coldest_use_ms(&self, place: Place, shelf: ShelfId) -> Option<u64> {
+        self.orders[place.at()].coldest_use_ms(shelf)
+    }
+
+    /// A block with a copy that no lookup can reach, if there is one.
+    pub fn next_dead(&mut self) -> Option<NodeId> {
+        for _ in 0..limits::VICTIM_STEPS_MAX {
+            let ghost = *self.dead.last()?;
+            let record = self.node(ghost);
+            if !record.is_ghost() || record.first_child == NodeId::NONE || self.is_root(ghost) {
+                self.dead.pop();
+                continue;
+            }
+            let child = record.first_child;
+            if self.node(child).is_present() && !self.node(child).pinned {
+                return Some(child);
+            }
+            // A child that is being filled may bring the chain back to life; its siblings go by age like everything else.
+            if self.node(child).is_ghost() { self.dead.push(child) } else { drop(self.dead.pop()) }
+        }
+        None
+    }
+
+    /// Blocks of a tenant that are present, from name `from` on; at most `count`, and where to go on.
+    pub fn present(&self, tenant: TenantId, from: u32, count: usize) -> (Vec<NodeId>, Option<u32>) {
+        let mut found = Vec::new();
+        for (id, node) in (from..).zip(&self.nodes[(from as usize).min(self.nodes.len())..]) {
+            if found.len() == count || id - from >= 64 * count as u32 {
+                return (found, Some(id));
+            }
+            if self.is_in_use(NodeId(id)) && node.is_present() && self.namespaces.get(node.namespace).tenant == tenant {
+                found.push(NodeId(id));
+            }
+        }
+        (found, None)
+    }
+
+    /// Whether the name stands for a block: names are used again.
+    pub fn is_in_use(&self, node: NodeId) -> bool {
+        let record = self.node(node);
+        self.find(record.namespace, &record.key) == Some(node)
+    }
+
+    fn range(&self, from: u32, to: u32) -> impl Iterator<Item = NodeId> {
+        (from..to.min(self.end())).map(NodeId).filter(|&node| self.is_in_use(node))
+    }
+
+    /// Blocks with a name from `from` up to `to` that are in host memory alone.
+    pub fn only_in_host(&self, from: u32, to: u32) -> Vec<NodeId> {
+        let only_in_host = |node: &NodeId| {
+            let node = self.node(*node);
+            node.copy(Place::Host).is_some() && node.copy(Place::Disk).is_none()
+        };
+        self.range(from, to).filter(only_in_host).collect()
+    }
+
+    /// Blocks of a namespace with a name from `from` up to `to`.
+    pub fn of_namespace(&self, namespace: NamespaceId, from: u32, to: u32) -> Vec<NodeId> {
+        self.range(from, to).filter(|&node| self.node(node).namespace == namespace).collect()
+    }
+
+    /// Every invariant of this file, for tests: counts and orders derived anew from the nodes.
+    pub fn check(&self, shelf_of: impl Fn(Place, SlotId) -> ShelfId) {
+        let mut children = vec![[0u32; 2]; self.nodes.len()];
+        for id in self.table.iter().copied() {
+            let node = self.node(id);
+            assert_eq!(self.find(node.namespace, &node.key), Some(id), "a node is found by its key");
+            if node.parent != NodeId::NONE {
+                for (count, held) in children[node.parent.place()].iter_mut().zip(self.held(id)) {
+                    *count += u32::from(held);
+                }
+            }
+            assert!(!node.is_ghost() || node.first_child != NodeId::NONE, "a node without copies or children is forgotten");
+            for place in [Place::Host, Place::Disk] {
+                if let Some(slot) = node.copy(place) {
+                    let shelf = shelf_of(place, slot);
+                    assert!(self.orders[place.at()].coldest(shelf).is_some(), "a copy is in its shelf's order");
+                }
+            }
+        }
+        for id in self.table.iter().copied() {
+            assert_eq!(self.node(id).children, children[id.place()], "children are counted");
+        }
+        assert_eq!(self.table.len(), self.len(), "free nodes are not in the table");
+    }
+}

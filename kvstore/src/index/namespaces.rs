@@ -1,0 +1,138 @@
+//! Namespaces that were attached to, or that a recovered directory mentions: the roots of all chains.
+
+use std::collections::HashMap;
+
+use tender_proto::{BlockKey, BlockLayout, Namespace};
+
+use super::ids::{NamespaceId, TenantId};
+use crate::limits;
+
+/// A namespace of one tenant.
+#[derive(Clone, Debug)]
+pub struct NamespaceRecord {
+    /// Whose; for a public one the first tenant that attached.
+    pub tenant: TenantId,
+    /// First half of the root.
+    pub tag: [u8; 16],
+    /// What it is, once somebody attached to it; a directory knows only the tag.
+    pub known: Option<Known>,
+    /// Blocks with a copy in any tier.
+    pub blocks: u64,
+}
+
+/// What an attach tells of a namespace.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// The namespace.
+    pub namespace: Namespace,
+    /// Parent of every first block.
+    pub root: BlockKey,
+    /// The bytes of its blocks.
+    pub layout: BlockLayout,
+    /// `layout.fingerprint()`, which seeds every sum.
+    pub fingerprint: u64,
+}
+
+/// All namespaces.
+#[derive(Debug, Default)]
+pub struct Namespaces {
+    records: Vec<NamespaceRecord>,
+    by_tag: HashMap<(Option<TenantId>, [u8; 16]), NamespaceId>,
+}
+
+/// Why a namespace cannot be attached to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NamespaceError {
+    /// Others hold blocks of another shape under the same name.
+    #[error(
+        "layout disagrees: this namespace (model `{model}`) already holds blocks of {theirs} bytes ({their_layout}), but the \
+         attach says {ours} bytes ({our_layout}); attach with that layout, or put what differs into namespace.revision"
+    )]
+    LayoutDiffers {
+        /// Name of the model.
+        model: String,
+        /// Bytes of a block as attached before.
+        theirs: u64,
+        /// Layout as attached before.
+        their_layout: String,
+        /// Bytes of a block as asked for.
+        ours: u64,
+        /// Layout as asked for.
+        our_layout: String,
+    },
+    /// The table is full.
+    #[error("{} namespaces are in use and no more fit; purge one that is not needed", limits::NAMESPACES_MAX)]
+    Full,
+}
+
+impl Namespaces {
+    /// The namespace's record.
+    pub fn get(&self, namespace: NamespaceId) -> &NamespaceRecord {
+        &self.records[namespace.0 as usize]
+    }
+
+    /// The namespace's record, to be changed.
+    pub fn get_mut(&mut self, namespace: NamespaceId) -> &mut NamespaceRecord {
+        &mut self.records[namespace.0 as usize]
+    }
+
+    /// All namespaces.
+    pub fn all(&self) -> impl Iterator<Item = &NamespaceRecord> {
+        self.records.iter()
+    }
+
+    /// Attaches to a namespace, which exists afterwards.
+    pub fn attach(
+        &mut self,
+        tenant: TenantId,
+        namespace: Namespace,
+        layout: BlockLayout,
+        root: BlockKey,
+    ) -> Result<NamespaceId, NamespaceError> {
+        let owner = (!namespace.public).then_some(tenant);
+        let id = self.find_or_add(owner, tenant, root.tag())?;
+        let record = self.get_mut(id);
+        match &record.known {
+            Some(known) if known.layout != layout => Err(NamespaceError::LayoutDiffers {
+                model: namespace.model,
+                theirs: known.layout.block_bytes(),
+                their_layout: format!("{:?}", known.layout.form),
+                ours: layout.block_bytes(),
+                our_layout: format!("{:?}", layout.form),
+            }),
+            Some(_) => Ok(id),
+            None => {
+                record.known = Some(Known { namespace, root, layout, fingerprint: layout.fingerprint() });
+                Ok(id)
+            }
+        }
+    }
+
+    /// The namespace that a directory entry mentions.
+    pub fn recovered(
+        &mut self,
+        tenant: TenantId,
+        public: bool,
+        tag: [u8; 16],
+    ) -> Result<NamespaceId, NamespaceError> {
+        self.find_or_add((!public).then_some(tenant), tenant, tag)
+    }
+
+    fn find_or_add(
+        &mut self,
+        owner: Option<TenantId>,
+        tenant: TenantId,
+        tag: [u8; 16],
+    ) -> Result<NamespaceId, NamespaceError> {
+        if let Some(&id) = self.by_tag.get(&(owner, tag)) {
+            return Ok(id);
+        }
+        if self.records.len() >= limits::NAMESPACES_MAX {
+            return Err(NamespaceError::Full);
+        }
+        let id = NamespaceId(self.records.len() as u32);
+        self.records.push(NamespaceRecord { tenant, tag, known: None, blocks: 0 });
+        self.by_tag.insert((owner, tag), id);
+        Ok(id)
+    }
+}

@@ -1,0 +1,316 @@
+//! Get: lookups, leases on the longest run of blocks, and prefetch.
+
+use tender_proto::BlockKey;
+
+use super::put::shard_of;
+use super::{Action, Actions, Core};
+use crate::completion::{AcquireBlock, AcquireWait, PrefetchWait, Waiting};
+use crate::index::events::Place;
+use crate::index::ids::{NamespaceId, NodeId, TenantId};
+use crate::request::verb::{
+    AcquireEnd, Acquired, AttachmentId, Hold, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, RequestId,
+};
+use crate::transfer::lanes::Lane;
+
+/// Loads that one prefetch keeps in flight: enough to fill a disk, few enough that several share it.
+const PREFETCH_LOADS: usize = 32;
+/// How often a prefetch says how far it is.
+const PREFETCH_TELL_MS: u64 = 100;
+
+impl Core {
+    /// Looks and touches nothing: a probe does not keep a block alive.
+    pub(super) fn lookup(&mut self, tenant: TenantId, attachment: AttachmentId, keys: &[BlockKey]) -> Reply {
+        let Some(under) = self.under(tenant, attachment) else { return Self::unattached(attachment) };
+        self.counters.lookups += 1;
+        self.counters.lookup_keys += keys.len() as u64;
+        let bytes = keys.len().div_ceil(8);
+        let mut reply = LookupReply { prefix_blocks: 0, host: vec![0; bytes], disk: vec![0; bytes] };
+        let disk_usable = self.disk_usable();
+        for (i, key) in keys.iter().enumerate() {
+            let Some(node) = self.index.find(under.namespace, key) else { continue };
+            let node = self.index.node(node);
+            let on_host = node.copy(Place::Host).is_some();
+            let on_disk = node.copy(Place::Disk).is_some() && disk_usable;
+            reply.host[i / 8] |= u8::from(on_host) << (i % 8);
+            reply.disk[i / 8] |= u8::from(on_disk) << (i % 8);
+            if (on_host || on_disk) && reply.prefix_blocks as usize == i {
+                reply.prefix_blocks += 1;
+            }
+        }
+        Reply::Lookup(reply)
+    }
+
+    /// Leases in order of the chain until a block is missing or the bytes are used up, starting loads for what is on disk. Never waits
+    /// for a slot: a block that cannot be loaded now ends the run.
+    #[expect(clippy::too_many_arguments, reason = "the fields of one verb")]
+    pub(super) fn acquire(
+        &mut self,
+        id: RequestId,
+        tenant: TenantId,
+        deadline_ms: u64,
+        attachment: AttachmentId,
+        keys: &[BlockKey],
+        bytes_max: u64,
+        actions: &mut Actions,
+    ) -> Option<Reply> {
+        let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
+        if !self.pending.has_room() {
+            return Some(self.busy());
+        }
+        let mut wait = AcquireWait { blocks: Vec::new(), end: None, loading: 0 };
+        let mut used = Vec::new();
+        let mut bytes_left = bytes_max;
+        let block_bytes = under.layout.block_bytes();
+        for key in keys {
+            if bytes_left < block_bytes && !wait.blocks.is_empty() {
+                break;
+            }
+            let Some(node) = self.index.find(under.namespace, key).filter(|&node| self.index.node(node).is_present())
+            else {
+                wait.end = Some(AcquireEnd::Miss);
+                break;
+            };
+            match self.acquire_block(node, id, wait.blocks.len()) {
+                Ok(block) => {
+                    wait.loading += usize::from(matches!(block, AcquireBlock::Loading));
+                    wait.blocks.push(block);
+                }
+                Err(end) => {
+                    wait.end = Some(end);
+                    break;
+                }
+            }
+            used.push(node);
+            bytes_left = bytes_left.saturating_sub(block_bytes);
+        }
+        for &node in used.iter().rev() {
+            self.touch(node);
+            self.index.node_mut(node).reused = true;
+        }
+        if wait.loading == 0 {
+            return Some(self.acquired(wait));
+        }
+        self.pending.park(id, deadline_ms, Waiting::Acquire(wait));
+        let _ = actions;
+        None
+    }
+
+    fn acquire_block(&mut self, node: NodeId, id: RequestId, at: usize) -> Result<AcquireBlock, AcquireEnd> {
+        if self.index.node(node).copy(Place::Host).is_some() {
+            return Ok(AcquireBlock::Leased(self.lease(node, Place::Host)));
+        }
+        if !self.disk_usable() {
+            return Err(AcquireEnd::Miss);
+        }
+        match self.load(node, Lane::Demand, (id, Some(at))) {
+            Ok(()) => Ok(AcquireBlock::Loading),
+            Err(()) => {
+                self.counters.shed += 1;
+                Err(AcquireEnd::Shed)
+            }
+        }
+    }
+
+    /// Leases a block that is in host memory.
+    pub(super) fn lease(&mut self, node: NodeId, found: Place) -> Leased {
+        let first = self.index.node(node).copy(Place::Host).expect("a block is leased where it is");
+        let layout = self.layout(node).expect("a block is leased under an attachment, which has a layout");
+        let slots: Vec<_> = self.host.tier.slab.chain(first).collect();
+        let parts = slots.into_iter().map(|slot| {
+            self.leased_slots += 1;
+            let extent = self.host.extent(slot);
+            let record = self.host.tier.slab.slot_mut(slot);
+            record.readers += 1;
+            let shard = shard_of(record.shard_index, record.shard_count);
+            let hold = Hold { slot, generation: record.generation };
+            let payload_bytes = layout.shard_bytes(shard.count) as u32;
+            LeasedPart { hold, extent, payload_bytes, shard, root: record.root }
+        });
+        Leased { place: found, parts: parts.collect() }
+    }
+
+    pub(super) fn release(&mut self, holds: &[Hold]) {
+        for &Hold { slot, generation } in holds {
+            if self.host.tier.slab.standing(slot, generation).is_some_and(|record| record.readers > 0) {
+                self.leased_slots -= 1;
+                self.unread(Place::Host, slot);
+            }
+        }
+    }
+
+    /// What an acquire is answered: the run up to the first block that failed; later ones are given back.
+    pub(super) fn acquired(&mut self, wait: AcquireWait) -> Reply {
+        let mut reply = Acquired { blocks: Vec::new(), end: wait.end };
+        let mut open = true;
+        for block in wait.blocks {
+            match block {
+                AcquireBlock::Leased(leased) if open => reply.blocks.push(leased),
+                AcquireBlock::Leased(leased) => {
+                    let holds: Vec<Hold> = leased.parts.iter().map(|part| part.hold).collect();
+                    self.release(&holds);
+                }
+                AcquireBlock::Loading if open => (open, reply.end) = (false, Some(AcquireEnd::Deadline)),
+                AcquireBlock::Failed(end) if open => (open, reply.end) = (false, Some(end)),
+                AcquireBlock::Loading | AcquireBlock::Failed(_) => {}
+            }
+        }
+        for block in &reply.blocks {
+            match block.place {
+                Place::Host => self.counters.hit_blocks_host += 1,
+                Place::Disk => self.counters.hit_blocks_disk += 1,
+            }
+        }
+        self.counters.miss_blocks += u64::from(reply.end == Some(AcquireEnd::Miss));
+        Reply::Acquired(reply)
+    }
+
+    /// A block that an acquire waits for has arrived, or will not.
+    pub(super) fn acquire_arrived(
+        &mut self,
+        id: RequestId,
+        at: usize,
+        arrived: Result<NodeId, AcquireEnd>,
+        actions: &mut Actions,
+    ) {
+        if !matches!(self.pending.get_mut(id), Some(Waiting::Acquire(_))) {
+            return;
+        }
+        let block = match arrived {
+            Ok(node) => AcquireBlock::Leased(self.lease(node, Place::Disk)),
+            Err(end) => AcquireBlock::Failed(end),
+        };
+        let Some(Waiting::Acquire(wait)) = self.pending.get_mut(id) else { return };
+        wait.blocks[at] = block;
+        wait.loading -= 1;
+        if wait.loading == 0
+            && let Some(Waiting::Acquire(wait)) = self.pending.take(id)
+        {
+            let reply = self.acquired(wait);
+            actions.push(Action::Reply(id, reply));
+        }
+    }
+
+    pub(super) fn prefetch(
+        &mut self,
+        id: RequestId,
+        tenant: TenantId,
+        deadline_ms: u64,
+        attachment: AttachmentId,
+        keys: Vec<BlockKey>,
+        actions: &mut Actions,
+    ) -> Option<Reply> {
+        let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
+        if !self.pending.has_room() {
+            return Some(self.busy());
+        }
+        let wait = PrefetchWait {
+            namespace: under.namespace,
+            keys: keys.into(),
+            loading: 0,
+            reply: PrefetchReply::default(),
+            told_ms: self.now_ms,
+        };
+        self.pending.park(id, deadline_ms, Waiting::Prefetch(wait));
+        self.go_on_prefetching(id, actions);
+        None
+    }
+
+    /// Starts as many loads as a prefetch may have in flight; ends it when nothing is left.
+    pub(super) fn go_on_prefetching(&mut self, id: RequestId, actions: &mut Actions) {
+        loop {
+            let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) else { return };
+            if wait.loading == PREFETCH_LOADS {
+                return;
+            }
+            let namespace = wait.namespace;
+            let Some(key) = wait.keys.pop_front() else { break };
+            let outcome = self.prefetch_block(namespace, &key, id);
+            let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) else { return };
+            match outcome {
+                PrefetchOutcome::Resident => wait.reply.resident += 1,
+                PrefetchOutcome::Missing => wait.reply.missing += 1,
+                PrefetchOutcome::Loading => wait.loading += 1,
+                PrefetchOutcome::Shed => {
+                    wait.reply.shed += 1 + wait.keys.len() as u32;
+                    wait.keys.clear();
+                }
+            }
+        }
+        if matches!(self.pending.get_mut(id), Some(Waiting::Prefetch(wait)) if wait.loading == 0) {
+            self.finish_prefetch(id, actions);
+        }
+    }
+
+    fn prefetch_block(&mut self, namespace: NamespaceId, key: &BlockKey, id: RequestId) -> PrefetchOutcome {
+        let Some(node) = self.index.find(namespace, key).filter(|&node| self.index.node(node).is_present()) else {
+            return PrefetchOutcome::Missing;
+        };
+        if self.index.node(node).copy(Place::Host).is_some() {
+            self.touch(node);
+            return PrefetchOutcome::Resident;
+        }
+        if !self.disk_usable() {
+            return PrefetchOutcome::Missing;
+        }
+        match self.load(node, Lane::Prefetch, (id, None)) {
+            Ok(()) => PrefetchOutcome::Loading,
+            Err(()) => PrefetchOutcome::Shed,
+        }
+    }
+
+    /// A load that a prefetch waits for has ended.
+    pub(super) fn prefetch_arrived(&mut self, id: RequestId, ok: bool, actions: &mut Actions) {
+        let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) else { return };
+        wait.loading -= 1;
+        if ok {
+            wait.reply.resident += 1;
+            wait.reply.loaded += 1;
+        } else {
+            wait.reply.missing += 1;
+        }
+        self.go_on_prefetching(id, actions);
+    }
+
+    /// The last word on a prefetch that was parked.
+    pub(super) fn finish_prefetch(&mut self, id: RequestId, actions: &mut Actions) {
+        let Some(Waiting::Prefetch(wait)) = self.pending.take(id) else { return };
+        actions.push(Action::Reply(id, Self::last_word(wait)));
+    }
+
+    /// The last word on a prefetch: what was not done is given up.
+    pub(super) fn last_word(wait: PrefetchWait) -> Reply {
+        let shed = wait.reply.shed + (wait.keys.len() + wait.loading) as u32;
+        Reply::Prefetch(PrefetchReply { shed, done: true, ..wait.reply })
+    }
+
+    /// Says now and then how far prefetches are.
+    pub(super) fn tell_prefetches(&mut self, actions: &mut Actions) {
+        let now_ms = self.now_ms;
+        let due = |waiting: &Waiting| {
+            matches!(waiting, Waiting::Prefetch(wait) if wait.told_ms + PREFETCH_TELL_MS <= now_ms)
+        };
+        for id in self.pending.which(due) {
+            if let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) {
+                wait.told_ms = now_ms;
+                actions.push(Action::Reply(id, Reply::Prefetch(wait.reply)));
+            }
+        }
+    }
+
+    /// A block was used, in every tier that holds it.
+    pub(super) fn touch(&mut self, node: NodeId) {
+        for place in [Place::Host, Place::Disk] {
+            if let Some(slot) = self.index.node(node).copy(place) {
+                let shelf = self.slab(place).shelf_of(slot);
+                self.index.touch(place, shelf, node, self.now_ms);
+            }
+        }
+    }
+}
+
+enum PrefetchOutcome {
+    Resident,
+    Missing,
+    Loading,
+    Shed,
+}

@@ -1,0 +1,186 @@
+//! Disk to host: one load per block, shared by all who wait for it.
+
+use tender_proto::sum;
+
+use super::{Actions, Core, Job};
+use crate::completion::Load;
+use crate::index::events::Place;
+use crate::index::ids::{GroupId, NodeId};
+use crate::limits;
+use crate::request::verb::{AcquireEnd, RequestId};
+use crate::tier::slab::{Owner, SlotId, SlotState};
+use crate::transfer::lanes::Lane;
+use crate::transfer::{Expected, Outcome, Transfer};
+
+use super::put::shard_of;
+
+/// The daemon itself, as holder of slots that it loads.
+const DAEMON: GroupId = GroupId(0);
+
+impl Core {
+    /// Begins to load a block that is on disk, or joins a load under way.
+    pub(super) fn load(&mut self, node: NodeId, lane: Lane, waiter: (RequestId, Option<usize>)) -> Result<(), ()> {
+        if let Some(load) = self.loads.get_mut(&node) {
+            load.waiters.push(waiter);
+            if lane == Lane::Demand {
+                for (file, transfer) in load.transfers.clone() {
+                    if self.lanes[file as usize].promote(transfer)
+                        && let Some((_, lane, _)) = self.jobs.get_mut(&transfer)
+                    {
+                        *lane = Lane::Demand;
+                    }
+                }
+            }
+            return Ok(());
+        }
+        if self.loads.len() >= limits::LOADS_MAX {
+            return Err(());
+        }
+        let parts = self.load_slots(node)?;
+        let mut load =
+            Load { parts_left: parts.len(), failed: false, cancelled: false, waiters: vec![waiter], transfers: vec![] };
+        for (disk_slot, host_slot) in parts {
+            let transfer = self.load_part(node, disk_slot, host_slot);
+            let job = Job::Load { node, host: host_slot, disk: disk_slot };
+            let file = self.disk().slot_place(disk_slot).file;
+            load.transfers.push((file, self.queue(file, lane, transfer, job)));
+        }
+        self.loads.insert(node, load);
+        Ok(())
+    }
+
+    /// A slot of host memory for each shard of the copy on disk, linked as the block's filling; none if one cannot be had.
+    fn load_slots(&mut self, node: NodeId) -> Result<Vec<(SlotId, SlotId)>, ()> {
+        let first = self.index.node(node).copy(Place::Disk).ok_or(())?;
+        let disk_slots: Vec<SlotId> = self.disk().tier.slab.chain(first).collect();
+        // Reading protects them from the search for victims that follows.
+        for &slot in &disk_slots {
+            self.disk_mut().tier.slab.slot_mut(slot).readers += 1;
+        }
+        let mut host_slots: Vec<SlotId> = Vec::new();
+        for &slot in &disk_slots {
+            let slab = &self.disk().tier.slab;
+            let (record, Owner { tenant, slot_bytes }) = (slab.slot(slot), slab.owner(slab.shelf_of(slot)));
+            let shard = (record.shard_index, record.shard_count);
+            match self.allocate(Place::Host, Owner { tenant, slot_bytes }, node, DAEMON, shard) {
+                Ok(slot) => host_slots.push(slot),
+                Err(_) => break,
+            }
+        }
+        if host_slots.len() < disk_slots.len() {
+            for slot in host_slots {
+                self.give_back(Place::Host, slot);
+            }
+            for slot in disk_slots {
+                self.unread(Place::Disk, slot);
+            }
+            return Err(());
+        }
+        for (&slot, next) in host_slots.iter().zip(host_slots.iter().skip(1).chain([&SlotId::NONE])) {
+            self.host.tier.slab.slot_mut(slot).next = *next;
+        }
+        self.index.set_filling(node, host_slots[0]);
+        Ok(disk_slots.into_iter().zip(host_slots).collect())
+    }
+
+    fn load_part(&self, node: NodeId, disk_slot: SlotId, host_slot: SlotId) -> Transfer {
+        let record = *self.disk().tier.slab.slot(disk_slot);
+        let shard = shard_of(record.shard_index, record.shard_count);
+        let known = self.index.namespaces.get(self.index.node(node).namespace).known.as_ref();
+        let known = known.expect("a block is loaded under an attachment, which has a layout");
+        let expected = Expected {
+            seed: sum::seed(&self.index.node(node).key, shard, known.fingerprint),
+            root: record.root,
+            payload_bytes: known.layout.shard_bytes(shard.count) as u32,
+        };
+        let into = self.host.extent(host_slot);
+        // Bytes written under a layout of another size can only fail their sum; they must not overrun the slot on the way there.
+        let expected = Expected { payload_bytes: expected.payload_bytes.min(into.bytes), ..expected };
+        Transfer::Load { offset: self.disk().slot_place(disk_slot).offset, into, expected }
+    }
+
+    pub(super) fn load_done(
+        &mut self,
+        (node, host_slot, disk_slot): (NodeId, SlotId, SlotId),
+        outcome: Outcome,
+        actions: &mut Actions,
+    ) {
+        let bytes = u64::from(self.host.tier.slab.slot_bytes(host_slot));
+        let quarantine = match outcome {
+            Outcome::Done(sums) => {
+                self.counters.load_bytes += bytes;
+                self.disk_mut().succeeded();
+                self.host.set_sums(host_slot, &sums);
+                self.host.tier.slab.slot_mut(host_slot).root = self.disk().tier.slab.slot(disk_slot).root;
+                false
+            }
+            Outcome::Mismatch => {
+                self.counters.sum_mismatches += 1;
+                true
+            }
+            Outcome::Failed(fault) => {
+                self.counters.load_failures += 1;
+                self.disk_failed(&format!("a read failed ({fault:?})"), actions);
+                true
+            }
+        };
+        self.unread(Place::Disk, disk_slot);
+        let load = self.loads.get_mut(&node).expect("a load's transfers end before it does");
+        load.parts_left -= 1;
+        load.failed |= quarantine;
+        let (last, cancelled) = (load.parts_left == 0, load.cancelled);
+        if quarantine && !cancelled && self.index.node(node).copy(Place::Disk).is_some() {
+            self.drop_bad_copy(node, disk_slot);
+        }
+        if last {
+            self.load_ended(node, actions);
+        }
+    }
+
+    /// A copy on disk that cannot be read, or is not what was written, is of no use; its slot is not used again for now.
+    fn drop_bad_copy(&mut self, node: NodeId, bad: SlotId) {
+        let slots = self.withdraw(node, Place::Disk);
+        for slot in slots {
+            let readers = self.disk().tier.slab.slot(slot).readers;
+            if slot == bad && readers == 0 {
+                self.disk_mut().directory.mark(slot);
+                if let Some(segment) = self.disk_mut().tier.quarantine(slot) {
+                    self.segment_retired(Place::Disk, segment);
+                }
+            } else {
+                self.give_back(Place::Disk, slot);
+            }
+        }
+    }
+
+    fn load_ended(&mut self, node: NodeId, actions: &mut Actions) {
+        let load = self.loads.remove(&node).expect("it just ended");
+        let slots: Vec<SlotId> = self.host.tier.slab.chain(self.index.node(node).filling).collect();
+        let ok = !load.failed && !load.cancelled;
+        if ok {
+            for &slot in &slots {
+                self.host.tier.slab.slot_mut(slot).state = SlotState::Resident;
+            }
+            let shelf = self.host.tier.slab.shelf_of(slots[0]);
+            let block_bytes = self.block_bytes(node);
+            self.index.publish(node, Place::Host, slots[0], shelf, block_bytes, self.now_ms);
+            self.index.set_filling(node, SlotId::NONE);
+        } else {
+            for slot in slots {
+                self.give_back(Place::Host, slot);
+            }
+            self.index.set_filling(node, SlotId::NONE);
+        }
+        // Who wants to read comes first: a prefetch goes on to its next block and may evict this one.
+        let (readers, prefetches): (Vec<_>, Vec<_>) = load.waiters.into_iter().partition(|(_, at)| at.is_some());
+        for (request, at) in readers.into_iter().chain(prefetches) {
+            match at {
+                Some(at) => {
+                    let arrived = if ok { Ok(node) } else { Err(AcquireEnd::Miss) };
+                    self.acquire_arrived(request, at, arrived, actions);
+                }
+                None => self.prefetch_arrived(request, ok, actions),
+            }
+        }
+    }
+}

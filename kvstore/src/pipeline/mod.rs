@@ -1,0 +1,330 @@
+//! The core: one state machine that owns the truth. `step(event, now, &mut actions)` takes one event to its end; it does no I/O, reads
+//! no clock, takes no lock. This folder is the only place that sees all six stages:
+//!
+//! ```text
+//! mod.rs      what comes in, what goes out, and which file deals with it      attach.rs   who may ask
+//! put.rs      reserve, commit, abort                                          get.rs      lookup, acquire, release, prefetch
+//! room.rs     slots: quota, victims, segments that change owner               load.rs     disk to host
+//! write.rs    host to disk: write-back, directory, durability                 purge.rs    forgetting
+//! recover.rs  what a directory said at start                                  report.rs   status, residency, invariants
+//! ```
+//! Long work (draining a segment, purging a namespace, a drain before the end) is done a thousand blocks at a time: the core asks for
+//! [`Event::Continue`] until it is through, and takes other events in between.
+
+mod attach;
+mod get;
+mod load;
+mod purge;
+mod put;
+mod recover;
+mod report;
+mod room;
+mod write;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use tender_proto::TenantSalt;
+
+use crate::admission::attachments::Attachments;
+use crate::admission::worth::Worth;
+use crate::completion::{Load, Pending, WriteBack};
+use crate::index::Index;
+use crate::index::ids::{NodeId, TenantId};
+use crate::request::status::Counters;
+use crate::request::verb::{AttachmentId, Hold, RefusalKind, Reply, Request, RequestId, Verb};
+use crate::tier::disk::DiskTier;
+use crate::tier::disk::directory::PageName;
+use crate::tier::host::HostTier;
+use crate::tier::slab::SlotId;
+use crate::transfer::lanes::{Lane, Lanes};
+use crate::transfer::{Outcome, Transfer, TransferId};
+
+pub use self::recover::RecoveredFile;
+
+/// What comes in.
+#[derive(Debug)]
+pub enum Event {
+    /// A question.
+    Request(Request),
+    /// A transfer has ended.
+    TransferDone(TransferId, Outcome),
+    /// A segment of the arena is prepared (or zeroed) and may be used.
+    SegmentReady(u32),
+    /// The core asked to go on.
+    Continue,
+    /// Time has passed: deadlines, the directory, attachments.
+    Tick,
+}
+
+/// What goes out, to be done in this order.
+#[derive(Debug)]
+pub enum Action {
+    /// Answer a question.
+    Reply(RequestId, Reply),
+    /// Do this on the thread of that file; `TransferDone` follows.
+    Start(u32, TransferId, Transfer),
+    /// Prepare a segment of the arena: touch it, or overwrite what a former owner left. `SegmentReady` follows.
+    PrepareSegment {
+        /// Which.
+        segment: u32,
+        /// It was used before.
+        used: bool,
+    },
+    /// The tenant has events up to this number.
+    Residency(TenantId, u64),
+    /// More of the same work is to be done: `Continue` follows.
+    Again,
+    /// Something a person should know.
+    Warn(String),
+}
+
+/// What a core is made with.
+#[derive(Clone, Debug)]
+pub struct CoreConfig {
+    /// Names, salts and quotas of the tenants.
+    pub tenants: Vec<TenantConfig>,
+    /// Segments of the arena.
+    pub host_segment_bytes: u64,
+    /// How many.
+    pub host_segment_count: u32,
+    /// Disk, if there is one.
+    pub disk: Option<DiskConfig>,
+    /// Bytes that may be written to disk in a day.
+    pub write_bytes_per_day: Option<u64>,
+    /// Whether public namespaces may be attached to.
+    pub allow_public: bool,
+    /// Makes the index's hash unknown to clients.
+    pub seed: u64,
+}
+
+/// A tenant.
+#[derive(Clone, Debug)]
+pub struct TenantConfig {
+    /// Its name.
+    pub name: String,
+    /// Its salt.
+    pub salt: TenantSalt,
+    /// Most bytes of host memory.
+    pub host_quota_bytes: Option<u64>,
+    /// Most bytes of disk.
+    pub disk_quota_bytes: Option<u64>,
+}
+
+/// The disk tier.
+#[derive(Clone, Debug)]
+pub struct DiskConfig {
+    /// Bytes of a segment.
+    pub segment_bytes: u64,
+    /// Segments of all files together.
+    pub segment_count: u32,
+    /// Files; the segments are dealt out to them in turn.
+    pub file_count: u32,
+    /// Requests that a file takes at once.
+    pub depth: usize,
+    /// Key of the directory pages.
+    pub page_key: [u8; 32],
+}
+
+/// What a transfer is for.
+#[derive(Clone, Copy, Debug)]
+enum Job {
+    Load { node: NodeId, host: SlotId, disk: SlotId },
+    WriteBack { write_back: u64, host: SlotId, disk: SlotId },
+    Page(PageName),
+    Flush,
+}
+
+/// A segment that is to change owner.
+#[derive(Clone, Copy, Debug)]
+struct Draining {
+    segment: u32,
+    next_place: u32,
+    /// The pass over its slots is not at its end; afterwards a tick begins the next one.
+    more: bool,
+}
+
+/// The core.
+pub struct Core {
+    config: CoreConfig,
+    now_ms: u64,
+    attachments: Attachments,
+    worth: Worth,
+    index: Index,
+    host: HostTier,
+    disk: Option<DiskTier>,
+    lanes: Vec<Lanes>,
+    jobs: HashMap<TransferId, (u32, Lane, Job)>,
+    queued: HashMap<TransferId, Transfer>,
+    last_transfer: u64,
+    loads: HashMap<NodeId, Load>,
+    write_backs: HashMap<u64, WriteBack>,
+    writing: BTreeMap<NodeId, u64>,
+    last_write_back: u64,
+    /// Bytes of write-backs queued or under way.
+    writing_bytes: u64,
+    pending: Pending,
+    /// Incomplete blocks: when they are given up, the node, and a slot that tells whether it is still the same attempt.
+    partial: VecDeque<(u64, NodeId, Hold)>,
+    /// Segments of the arena to be prepared, and whether they were used before. One at a time.
+    to_prepare: VecDeque<(u32, bool)>,
+    preparing: bool,
+    draining: [Option<Draining>; 2],
+    directory_ms: u64,
+    /// Room was made since requests that wait for it were last tried.
+    room_made: bool,
+    stopping: bool,
+    leased_slots: u64,
+    reserved_slots: u64,
+    counters: Counters,
+}
+
+type Actions = Vec<Action>;
+
+impl Core {
+    /// A core with empty tiers. Its first step should be given `Event::Tick`: it asks for segments to be prepared.
+    pub fn new(config: CoreConfig) -> Self {
+        let quotas = |quota: fn(&TenantConfig) -> Option<u64>| config.tenants.iter().map(quota).collect::<Vec<_>>();
+        let host = HostTier::new(
+            config.host_segment_bytes,
+            config.host_segment_count,
+            quotas(|tenant| tenant.host_quota_bytes),
+        );
+        let disk = config.disk.as_ref().map(|disk| {
+            let quotas = quotas(|tenant| tenant.disk_quota_bytes);
+            let DiskConfig { segment_bytes, segment_count, file_count, page_key, .. } = *disk;
+            DiskTier::new(segment_bytes, segment_count, file_count, page_key, 0, quotas)
+        });
+        let lanes = config.disk.iter().flat_map(|disk| (0..disk.file_count).map(|_| Lanes::new(disk.depth))).collect();
+        Self {
+            now_ms: 0,
+            attachments: Attachments::default(),
+            worth: Worth::new(config.write_bytes_per_day),
+            index: Index::new(config.tenants.len(), config.seed),
+            host,
+            disk,
+            lanes,
+            jobs: HashMap::new(),
+            queued: HashMap::new(),
+            last_transfer: 0,
+            loads: HashMap::new(),
+            write_backs: HashMap::new(),
+            writing: BTreeMap::new(),
+            last_write_back: 0,
+            writing_bytes: 0,
+            pending: Pending::default(),
+            partial: VecDeque::new(),
+            to_prepare: (0..config.host_segment_count).map(|segment| (segment, false)).collect(),
+            preparing: false,
+            draining: [None; 2],
+            directory_ms: 0,
+            room_made: false,
+            stopping: false,
+            leased_slots: 0,
+            reserved_slots: 0,
+            counters: Counters::default(),
+            config,
+        }
+    }
+
+    /// Takes one event to its end. `now_ms` never goes back.
+    pub fn step(&mut self, event: Event, now_ms: u64, actions: &mut Actions) {
+        self.now_ms = self.now_ms.max(now_ms);
+        match event {
+            Event::Request(request) => self.request(request, actions),
+            Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
+            Event::SegmentReady(segment) => {
+                self.preparing = false;
+                self.host.tier.slab.segment_ready(segment);
+                self.room_made = true;
+            }
+            Event::Continue => self.go_on(actions),
+            Event::Tick => self.tick(actions),
+        }
+        self.settle(actions);
+    }
+
+    fn request(&mut self, request: Request, actions: &mut Actions) {
+        let Request { id, tenant, deadline_ms, verb } = request;
+        if self.stopping && matches!(verb, Verb::Attach(_) | Verb::Reserve { .. } | Verb::Prefetch(..)) {
+            let reply = Reply::refused(RefusalKind::Stopping, "the daemon is stopping; try again when it is back");
+            return actions.push(Action::Reply(id, reply));
+        }
+        let reply = match verb {
+            Verb::Attach(attach) => Some(self.attach(tenant, *attach)),
+            Verb::Detach(attachment) => {
+                self.attachments.leave(attachment, tenant);
+                Some(Reply::Done)
+            }
+            Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
+            Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }, actions),
+            Verb::Commit(attachment, filled) => Some(self.commit(tenant, attachment, &filled)),
+            Verb::Abort(holds) => {
+                self.abort(&holds);
+                Some(Reply::Done)
+            }
+            Verb::Acquire { attachment, keys, bytes_max } => {
+                self.acquire(id, tenant, deadline_ms, attachment, &keys, bytes_max, actions)
+            }
+            Verb::Release(holds) => {
+                self.release(&holds);
+                Some(Reply::Done)
+            }
+            Verb::Prefetch(attachment, keys) => self.prefetch(id, tenant, deadline_ms, attachment, keys, actions),
+            Verb::Durable(attachment, keys) => self.durable(id, tenant, deadline_ms, attachment, keys),
+            Verb::Purge(attachment, what) => self.purge(id, tenant, deadline_ms, attachment, what),
+            Verb::Events { attachment, after } => Some(self.events(tenant, attachment, after)),
+            Verb::Snapshot { attachment, from } => Some(self.snapshot(tenant, attachment, from)),
+            Verb::Status => Some(Reply::Status(Box::new(self.status()))),
+            Verb::Drain => self.drain(id, deadline_ms),
+        };
+        if let Some(reply) = reply {
+            actions.push(Action::Reply(id, reply));
+        }
+    }
+
+    /// Where a request ends whose attachment is not there.
+    fn unattached(attachment: AttachmentId) -> Reply {
+        let message = format!("attachment {:#x} is not known (expired, or the daemon was restarted); attach again", attachment.0);
+        Reply::refused(RefusalKind::Unattached, message)
+    }
+
+    fn busy(&mut self) -> Reply {
+        self.counters.shed += 1;
+        Reply::refused(RefusalKind::Busy, "too many requests are waiting; try again later")
+    }
+
+    fn tick(&mut self, actions: &mut Actions) {
+        while let Some((request, waiting)) = self.pending.take_overdue(self.now_ms) {
+            self.counters.deadlines_missed += 1;
+            self.overdue(request, waiting, actions);
+        }
+        self.give_up_partial();
+        self.attachments.expire(self.now_ms);
+        self.tell_prefetches(actions);
+        self.go_on(actions);
+    }
+
+    /// Goes on with long work.
+    fn go_on(&mut self, actions: &mut Actions) {
+        self.go_on_draining();
+        self.go_on_purging(actions);
+        self.go_on_stopping();
+    }
+
+    /// What every event may have made possible.
+    fn settle(&mut self, actions: &mut Actions) {
+        self.retry_reserves(actions);
+        self.pump_directory(actions);
+        self.pump_lanes(actions);
+        if !self.preparing && let Some((segment, used)) = self.to_prepare.pop_front() {
+            self.preparing = true;
+            actions.push(Action::PrepareSegment { segment, used });
+        }
+        for tenant in self.index.events.take_changed() {
+            actions.push(Action::Residency(tenant, self.index.events.sequence(tenant)));
+        }
+        if self.has_more_work() {
+            actions.push(Action::Again);
+        }
+    }
+}

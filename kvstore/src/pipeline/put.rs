@@ -1,0 +1,261 @@
+//! Put: slots for a run of blocks, then commit or abort. A block is published when all its shards are committed, by one group.
+
+use tender_proto::{BlockKey, Shard, sum};
+
+use super::attach::Under;
+use super::room::NoSlot;
+use super::{Action, Actions, Core};
+use crate::completion::Waiting;
+use crate::index::events::Place;
+use crate::index::ids::{NodeId, TenantId};
+use crate::request::verb::{AttachmentId, CommitOutcome, Filled, Hold, Reply, Request, ReserveOutcome, Verb};
+use crate::tier;
+use crate::tier::slab::{Owner, SlotId, SlotState};
+
+/// An incomplete block is given up when nothing was added to it for so long.
+const PARTIAL_MS: u64 = 60_000;
+
+impl Core {
+    /// Reserves, or waits until it can; `None` when the request waits.
+    pub(super) fn reserve(&mut self, request: Request, actions: &mut Actions) -> Option<Reply> {
+        let Request { id, tenant, deadline_ms, verb } = request;
+        let Verb::Reserve { attachment, parent, keys, shard, bytes_max } = verb else {
+            unreachable!("only reservations are reserved")
+        };
+        let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
+        let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max);
+        let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
+        if got_nothing && self.room_is_coming() && deadline_ms > self.now_ms {
+            if !self.pending.has_room() {
+                return Some(self.busy());
+            }
+            let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max };
+            self.pending.park(id, deadline_ms, Waiting::Reserve(Request { id, tenant, deadline_ms, verb }));
+            return None;
+        }
+        for outcome in &outcomes {
+            match outcome {
+                ReserveOutcome::Granted { .. } => self.reserved_slots += 1,
+                ReserveOutcome::AlreadyPresent => self.counters.put_present += 1,
+                ReserveOutcome::BeingWritten => self.counters.put_contended += 1,
+                ReserveOutcome::NoRoom => self.counters.put_no_room += 1,
+                ReserveOutcome::OverQuota => self.counters.put_over_quota += 1,
+            }
+        }
+        let _ = actions;
+        Some(Reply::Reserved(outcomes))
+    }
+
+    /// Stops at the first block for which there is no slot: what follows would be of no use without it.
+    fn reserve_run(
+        &mut self,
+        tenant: TenantId,
+        under: Under,
+        parent: BlockKey,
+        keys: &[BlockKey],
+        shard: Shard,
+        bytes_max: u64,
+    ) -> Vec<ReserveOutcome> {
+        let slot_bytes = tier::shard_slot_bytes(&under.layout, shard.count as u8);
+        let owner = Owner { tenant, slot_bytes };
+        let mut parent = parent;
+        let mut outcomes = Vec::with_capacity(keys.len());
+        let mut refused = None;
+        let mut bytes_left = bytes_max;
+        for &key in keys {
+            let outcome = match refused {
+                Some(refused) => refused,
+                None if bytes_left < u64::from(slot_bytes) => ReserveOutcome::NoRoom,
+                None => self.reserve_block(under, key, parent, shard, owner),
+            };
+            match outcome {
+                ReserveOutcome::Granted { .. } => bytes_left -= u64::from(slot_bytes),
+                ReserveOutcome::NoRoom | ReserveOutcome::OverQuota => refused = Some(outcome),
+                ReserveOutcome::AlreadyPresent | ReserveOutcome::BeingWritten => {}
+            }
+            parent = key;
+            outcomes.push(outcome);
+        }
+        outcomes
+    }
+
+    fn reserve_block(
+        &mut self,
+        under: Under,
+        key: BlockKey,
+        parent: BlockKey,
+        shard: Shard,
+        owner: Owner,
+    ) -> ReserveOutcome {
+        let node = self.index.find_or_insert(under.namespace, key, parent);
+        if self.index.node(node).is_present() || self.index.is_root(node) {
+            self.touch(node);
+            return ReserveOutcome::AlreadyPresent;
+        }
+        let filling = self.index.node(node).filling;
+        let slab = &self.host.tier.slab;
+        if let Some(first) = (filling != SlotId::NONE).then(|| slab.slot(filling)) {
+            if first.holder != under.group || u16::from(first.shard_count) != shard.count {
+                return ReserveOutcome::BeingWritten;
+            }
+            let mut chain = slab.chain(filling).map(|slot| slab.slot(slot));
+            if let Some(same) = chain.find(|slot| u16::from(slot.shard_index) == shard.index) {
+                let committed = same.state == SlotState::Resident;
+                return if committed { ReserveOutcome::AlreadyPresent } else { ReserveOutcome::BeingWritten };
+            }
+        }
+        let place = (shard.index as u8, shard.count as u8);
+        match self.allocate(Place::Host, owner, node, under.group, place) {
+            Ok(slot) => {
+                self.host.tier.slab.slot_mut(slot).next = self.index.node(node).filling;
+                self.index.set_filling(node, slot);
+                let generation = self.host.tier.slab.slot(slot).generation;
+                let extent = self.host.extent(slot);
+                ReserveOutcome::Granted { hold: Hold { slot, generation }, extent }
+            }
+            Err(refused) => {
+                self.index.forget_if_unused(node);
+                match refused {
+                    NoSlot::Quota => ReserveOutcome::OverQuota,
+                    NoSlot::Room => ReserveOutcome::NoRoom,
+                }
+            }
+        }
+    }
+
+    /// Tries requests that wait for room, oldest first, until one still finds none.
+    pub(super) fn retry_reserves(&mut self, actions: &mut Actions) {
+        if !std::mem::take(&mut self.room_made) {
+            return;
+        }
+        for id in self.pending.which(|waiting| matches!(waiting, Waiting::Reserve(_))) {
+            let Some(Waiting::Reserve(request)) = self.pending.take(id) else { continue };
+            match self.reserve(request, actions) {
+                Some(reply) => actions.push(Action::Reply(id, reply)),
+                None => break,
+            }
+        }
+    }
+
+    pub(super) fn commit(&mut self, tenant: TenantId, attachment: AttachmentId, filled: &[Filled]) -> Reply {
+        let Some(under) = self.under(tenant, attachment) else {
+            // The group has left: nobody vouches for what was written.
+            self.abort(&filled.iter().map(|filled| filled.hold).collect::<Vec<_>>());
+            return Self::unattached(attachment);
+        };
+        Reply::Committed(filled.iter().map(|filled| self.commit_slot(under, filled)).collect())
+    }
+
+    fn commit_slot(&mut self, under: Under, filled: &Filled) -> CommitOutcome {
+        let Hold { slot, generation } = filled.hold;
+        let slab = &self.host.tier.slab;
+        let standing = slab.standing(slot, generation);
+        let Some(record) = standing.filter(|record| record.state == SlotState::Filling) else {
+            return CommitOutcome::Gone;
+        };
+        if record.doomed || record.holder != under.group {
+            self.abort(&[filled.hold]);
+            return CommitOutcome::Gone;
+        }
+        let (node, shard) = (record.node, shard_of(record.shard_index, record.shard_count));
+        let seed = sum::seed(&self.index.node(node).key, shard, under.fingerprint);
+        self.host.set_sums(slot, &filled.sums);
+        let record = self.host.tier.slab.slot_mut(slot);
+        record.root = sum::root(seed, &filled.sums);
+        record.state = SlotState::Resident;
+        self.reserved_slots -= 1;
+        self.counters.put_blocks += 1;
+        self.counters.put_bytes += u64::from(self.host.tier.slab.slot_bytes(slot));
+        if !self.publish_if_whole(node) {
+            self.partial.push_back((self.now_ms + PARTIAL_MS, node, filled.hold));
+            return CommitOutcome::ShardStored;
+        }
+        CommitOutcome::Stored
+    }
+
+    fn publish_if_whole(&mut self, node: NodeId) -> bool {
+        let slab = &mut self.host.tier.slab;
+        let mut slots: Vec<SlotId> = slab.chain(self.index.node(node).filling).collect();
+        let whole = slots.len() == usize::from(slab.slot(slots[0]).shard_count)
+            && slots.iter().all(|&slot| slab.slot(slot).state == SlotState::Resident);
+        if !whole {
+            return false;
+        }
+        slots.sort_by_key(|&slot| slab.slot(slot).shard_index);
+        for (i, &slot) in slots.iter().enumerate() {
+            slab.slot_mut(slot).next = slots.get(i + 1).copied().unwrap_or(SlotId::NONE);
+        }
+        let shelf = slab.shelf_of(slots[0]);
+        let block_bytes = self.block_bytes(node);
+        self.index.publish(node, Place::Host, slots[0], shelf, block_bytes, self.now_ms);
+        self.index.set_filling(node, SlotId::NONE);
+        if self.worth.was_lost(&self.index.node(node).key) {
+            self.index.node_mut(node).reused = true;
+        }
+        self.write_back(node, false);
+        true
+    }
+
+    pub(super) fn abort(&mut self, holds: &[Hold]) {
+        for &Hold { slot, generation } in holds {
+            let Some(record) = self.host.tier.slab.standing(slot, generation) else { continue };
+            if record.state != SlotState::Filling {
+                continue;
+            }
+            let (node, doomed) = (record.node, record.doomed);
+            self.reserved_slots -= 1;
+            if !doomed {
+                self.unlink_filling(node, slot);
+            }
+            self.give_back(Place::Host, slot);
+        }
+    }
+
+    fn unlink_filling(&mut self, node: NodeId, slot: SlotId) {
+        let slab = &mut self.host.tier.slab;
+        let next = slab.slot(slot).next;
+        let first = self.index.node(node).filling;
+        if first == slot {
+            self.index.set_filling(node, next);
+            return;
+        }
+        let before = slab.chain(first).find(|&before| slab.slot(before).next == slot);
+        if let Some(before) = before {
+            slab.slot_mut(before).next = next;
+        }
+    }
+
+    /// Takes a half-filled block back: committed shards are freed, shards being written when their writer is done.
+    pub(super) fn drop_filling(&mut self, node: NodeId) {
+        let slots: Vec<SlotId> = self.host.tier.slab.chain(self.index.node(node).filling).collect();
+        for slot in slots {
+            let record = self.host.tier.slab.slot_mut(slot);
+            match record.state {
+                SlotState::Filling => record.doomed = true,
+                _ => self.give_back(Place::Host, slot),
+            }
+        }
+        self.index.set_filling(node, SlotId::NONE);
+    }
+
+    pub(super) fn give_up_partial(&mut self) {
+        while let Some(&(deadline_ms, node, Hold { slot, generation })) = self.partial.front() {
+            if deadline_ms > self.now_ms {
+                return;
+            }
+            self.partial.pop_front();
+            let slab = &self.host.tier.slab;
+            let record = slab.standing(slot, generation);
+            let still = record.is_some_and(|record| record.node == node && record.state == SlotState::Resident)
+                && slab.chain(self.index.node(node).filling).any(|filling| filling == slot);
+            if still {
+                self.drop_filling(node);
+            }
+        }
+    }
+}
+
+/// The shard of a slot record.
+pub(super) fn shard_of(index: u8, count: u8) -> Shard {
+    Shard { index: index.into(), count: count.into() }
+}

@@ -1,0 +1,162 @@
+//! How the store is: status, residency, and every invariant at once.
+
+use tender_proto::BlockLayout;
+
+use super::Core;
+use crate::completion::{AcquireWait, Waiting};
+use crate::index::events::{Place, Residency};
+use crate::index::ids::{NodeId, TenantId};
+use crate::limits;
+use crate::request::status::{CoreStatus, TenantStatus, TierStatus};
+use crate::request::verb::{AttachmentId, Reply, RequestId, Verb};
+use crate::tier::slab::SlotState;
+
+use super::{Action, Actions};
+
+impl Core {
+    /// The bytes of a block, as its namespace's attach said; `None` before anybody attached.
+    pub(super) fn layout(&self, node: NodeId) -> Option<BlockLayout> {
+        let namespace = self.index.namespaces.get(self.index.node(node).namespace);
+        namespace.known.as_ref().map(|known| known.layout)
+    }
+
+    /// Bytes of a block, all shards together.
+    pub(super) fn block_bytes(&self, node: NodeId) -> u32 {
+        if let Some(layout) = self.layout(node) {
+            return layout.block_bytes() as u32;
+        }
+        let Some(first) = self.index.node(node).copy(Place::Disk) else { return 0 };
+        self.disk().tier.slab.chain(first).map(|slot| self.disk().note(slot).payload_bytes).sum()
+    }
+
+    pub(super) fn events(&mut self, tenant: TenantId, attachment: AttachmentId, after: u64) -> Reply {
+        if self.under(tenant, attachment).is_none() {
+            return Self::unattached(attachment);
+        }
+        Reply::Events(self.index.events.after(tenant, after, limits::EVENTS_PER_MESSAGE))
+    }
+
+    /// Blocks present from a place on. Events after the sequence of the first piece tell what changed while pieces were taken.
+    pub(super) fn snapshot(&mut self, tenant: TenantId, attachment: AttachmentId, from: u32) -> Reply {
+        if self.under(tenant, attachment).is_none() {
+            return Self::unattached(attachment);
+        }
+        let sequence = self.index.events.sequence(tenant);
+        let (nodes, next) = self.index.present(tenant, from, limits::EVENTS_PER_MESSAGE / 2);
+        let mut present = Vec::with_capacity(nodes.len());
+        for id in nodes {
+            let node = self.index.node(id);
+            let namespace = self.index.namespaces.get(node.namespace).tag;
+            let (key, parent, block_bytes) = (node.key, self.index.parent_key(node.parent), self.block_bytes(id));
+            let places = [Place::Host, Place::Disk].into_iter().filter(|&place| node.copy(place).is_some());
+            present.extend(
+                places.map(|place| Residency { key, parent, place, present: true, namespace, block_bytes }),
+            );
+        }
+        Reply::Snapshot { sequence, present, next }
+    }
+
+    pub(super) fn status(&self) -> CoreStatus {
+        let tier = |place: Place| {
+            let slab = self.slab(place);
+            let classes = slab.shelves().map(|(shelf, owner)| {
+                let (segments, used) = slab.shelf_size(shelf);
+                (u64::from(owner.slot_bytes), segments as u32, slab.shelf_slots(shelf), used)
+            });
+            let (leased_slots, busy_slots) = match place {
+                Place::Host => (self.leased_slots, self.reserved_slots + self.loads.len() as u64),
+                Place::Disk => (0, (self.loads.len() + self.write_backs.len()) as u64),
+            };
+            TierStatus {
+                capacity_bytes: slab.segment_bytes() * u64::from(slab.segment_count()),
+                usage: slab.usage(),
+                blocks: self.index.blocks[place.at()],
+                leased_slots,
+                busy_slots,
+                classes: classes.filter(|&(_, segments, ..)| segments > 0).collect(),
+            }
+        };
+        let tenants = self.config.tenants.iter().zip(0u16..).map(|(config, id)| {
+            let tenant = TenantId(id);
+            let of_tenant = self.index.namespaces.all().filter(|record| record.tenant == tenant);
+            TenantStatus {
+                name: config.name.clone(),
+                host: self.host.tier.tenant(tenant),
+                disk: self.disk.as_ref().map_or((0, None), |disk| disk.tier.tenant(tenant)),
+                blocks: of_tenant.map(|record| record.blocks).sum(),
+            }
+        });
+        CoreStatus {
+            host: tier(Place::Host),
+            disk: self.disk.as_ref().map(|disk| (tier(Place::Disk), disk.health())),
+            tenants: tenants.collect(),
+            counters: self.counters,
+            attachments: self.attachments.len() as u64,
+        }
+    }
+
+    /// Everything counted so far.
+    pub fn counters(&self) -> &crate::request::status::Counters {
+        &self.counters
+    }
+
+    /// A request whose deadline has come is answered with what there is.
+    pub(super) fn overdue(&mut self, request: RequestId, waiting: Waiting, actions: &mut Actions) {
+        let reply = match waiting {
+            Waiting::Reserve(request) => match request.verb {
+                Verb::Reserve { keys, .. } => self.no_room(keys.len()),
+                _ => unreachable!("only reservations wait for room"),
+            },
+            Waiting::Acquire(wait) => self.acquired(AcquireWait { ..wait }),
+            Waiting::Prefetch(wait) => Self::last_word(wait),
+            Waiting::Durable(wait) => self.durable_reply(&wait),
+            Waiting::Purge(_) => Reply::refused(
+                crate::request::verb::RefusalKind::Busy,
+                "purged from memory and index, but not yet on disk at the deadline; purge again to be sure that no crash brings it back",
+            ),
+            Waiting::Drain(_) => Reply::Done,
+        };
+        actions.push(Action::Reply(request, reply));
+    }
+
+    /// Whether long work is to be gone on with at once.
+    pub(super) fn has_more_work(&self) -> bool {
+        let draining = self.draining.iter().flatten().any(|draining| draining.more);
+        let end = self.index.end();
+        let walking = |waiting: &Waiting| match waiting {
+            Waiting::Purge(wait) => wait.walk.is_some(),
+            Waiting::Drain(wait) => wait.next < end,
+            _ => false,
+        };
+        draining || self.pending.any(walking)
+    }
+
+    /// Every invariant that can be checked from outside a step, for tests.
+    pub fn check(&self) {
+        self.index.check(|place, slot| self.slab(place).shelf_of(slot));
+        for place in [Place::Host, Place::Disk] {
+            if place == Place::Disk && self.disk.is_none() {
+                continue;
+            }
+            let slab = self.slab(place);
+            let mut used = 0;
+            for segment in 0..slab.segment_count() {
+                for slot in slab.used_slots(segment, 0) {
+                    used += 1;
+                    let record = slab.slot(slot);
+                    let is_free_to_go = record.readers == 0 && record.state == SlotState::Resident;
+                    assert!(!record.doomed || !is_free_to_go, "a doomed slot is freed by its last user");
+                }
+            }
+            assert_eq!(used, slab.usage().used_slots, "used slots are counted");
+            let charged: u64 =
+                (0..self.config.tenants.len() as u16).map(|id| self.tier(place).tenant(TenantId(id)).0).sum();
+            assert_eq!(charged, slab.usage().used_bytes, "what is used is charged to somebody");
+        }
+    }
+
+    /// Whether nothing is waited for and nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.pending.len() == 0 && self.loads.is_empty() && self.write_backs.is_empty() && self.jobs.is_empty()
+    }
+}

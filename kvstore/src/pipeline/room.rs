@@ -1,0 +1,300 @@
+//! Room: where a slot comes from. First what is free, then a dead block, then the coldest block of the same tenant and size; and when
+//! another shelf's coldest is much colder than that, one of its segments changes owner.
+
+use super::{Core, Draining};
+use crate::index::events::Place;
+use crate::index::ids::{GroupId, NodeId, TenantId};
+use crate::limits;
+use crate::request::verb::Reply;
+use crate::tier::Tier;
+use crate::tier::disk::DiskTier;
+use crate::tier::slab::{Owner, ShelfId, Slab, SlotId, SlotState};
+
+/// Why there is no slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoSlot {
+    /// The tenant may not have more, and has nothing that can go.
+    Quota,
+    /// Nothing can go just now.
+    Room,
+}
+
+/// A shelf gives up a segment when its coldest block is unused for twice as long as the asking shelf's, and this much longer.
+const DRAIN_MARGIN_MS: u64 = 10_000;
+/// Dead blocks dropped for one slot.
+const DEAD_PER_SLOT: usize = 8;
+/// Evictions for one slot: a small slot may have to go for each page of a big one's quota.
+const EVICTIONS_PER_SLOT: usize = 64;
+
+impl Core {
+    pub(super) fn tier(&self, place: Place) -> &Tier {
+        match place {
+            Place::Host => &self.host.tier,
+            Place::Disk => &self.disk().tier,
+        }
+    }
+
+    pub(super) fn tier_mut(&mut self, place: Place) -> &mut Tier {
+        match place {
+            Place::Host => &mut self.host.tier,
+            Place::Disk => &mut self.disk_mut().tier,
+        }
+    }
+
+    pub(super) fn slab(&self, place: Place) -> &Slab {
+        &self.tier(place).slab
+    }
+
+    pub(super) fn disk(&self) -> &DiskTier {
+        self.disk.as_ref().expect("only a daemon with a disk has copies there")
+    }
+
+    pub(super) fn disk_mut(&mut self) -> &mut DiskTier {
+        self.disk.as_mut().expect("only a daemon with a disk has copies there")
+    }
+
+    /// Takes a slot for one shard of a node's copy.
+    pub(super) fn allocate(
+        &mut self,
+        place: Place,
+        owner: Owner,
+        node: NodeId,
+        holder: GroupId,
+        shard: (u8, u8),
+    ) -> Result<SlotId, NoSlot> {
+        let shelf = self.tier_mut(place).slab.shelf(owner).ok_or(NoSlot::Room)?;
+        // Making room may drop the block's last child, and with it the node; or the block itself, if it is dead.
+        self.index.node_mut(node).pinned = true;
+        let slot = self.allocate_on(place, shelf, owner, node, holder, shard);
+        self.index.node_mut(node).pinned = false;
+        slot
+    }
+
+    fn allocate_on(
+        &mut self,
+        place: Place,
+        shelf: ShelfId,
+        owner: Owner,
+        node: NodeId,
+        holder: GroupId,
+        shard: (u8, u8),
+    ) -> Result<SlotId, NoSlot> {
+        for _ in 0..EVICTIONS_PER_SLOT {
+            if !self.tier(place).within_quota(owner) {
+                if !self.evict_of_tenant(place, owner.tenant) {
+                    return Err(NoSlot::Quota);
+                }
+                continue;
+            }
+            if let Some(slot) = self.tier_mut(place).reserve(shelf, node, holder, shard) {
+                if place == Place::Disk && !self.disk().directory.has(slot.segment()) {
+                    let slots = self.disk().tier.slab.slot_count(slot.segment());
+                    self.disk_mut().directory.begin(slot.segment(), slots);
+                }
+                return Ok(slot);
+            }
+            if !self.make_room(place, shelf) {
+                return Err(NoSlot::Room);
+            }
+        }
+        Err(NoSlot::Room)
+    }
+
+    /// Whether a slot of host memory may become free without anybody's doing.
+    pub(super) fn room_is_coming(&self) -> bool {
+        self.preparing
+            || !self.to_prepare.is_empty()
+            || self.draining[Place::Host.at()].is_some()
+            || !self.writing.is_empty()
+    }
+
+    fn make_room(&mut self, place: Place, shelf: ShelfId) -> bool {
+        for _ in 0..DEAD_PER_SLOT {
+            let Some(dead) = self.index.next_dead() else { break };
+            self.remove_block(dead);
+            if self.slab(place).has_room(shelf) {
+                return true;
+            }
+        }
+        self.drain_if_worth_it(place, shelf);
+        self.slab(place).has_room(shelf) || self.evict(place, shelf)
+    }
+
+    /// Evicts the coldest copy of a shelf that may go. In host memory, one that is not on disk yet is written there first if it is
+    /// worth it; then the next one's turn comes.
+    fn evict(&mut self, place: Place, shelf: ShelfId) -> bool {
+        for _ in 0..limits::VICTIM_STEPS_MAX {
+            let index = &mut self.index;
+            // Borrowed from its parts: the index asks about slots while it walks its order.
+            let slab = match (place, &self.disk) {
+                (Place::Disk, Some(disk)) => &disk.tier.slab,
+                _ => &self.host.tier.slab,
+            };
+            let unused = |_: NodeId, node: &crate::index::Node| {
+                let first = node.copy(place).expect("a node in a tier's order has a copy there");
+                !node.writing && slab.chain(first).all(|slot| slab.slot(slot).readers == 0)
+            };
+            let Some(victim) = index.victim(place, shelf, self.now_ms, unused) else { return false };
+            let has_other = self.index.node(victim).copy(place.other()).is_some();
+            if place == Place::Host && !has_other && self.write_back(victim, false) {
+                continue;
+            }
+            self.drop_copy(victim, place);
+            return true;
+        }
+        false
+    }
+
+    /// Evicts the coldest copy of a tenant, of whatever size.
+    fn evict_of_tenant(&mut self, place: Place, tenant: TenantId) -> bool {
+        let slab = self.slab(place);
+        let shelves = slab.shelves().filter(|(_, owner)| owner.tenant == tenant).map(|(shelf, _)| shelf);
+        let mut shelves: Vec<(u64, ShelfId)> = shelves
+            .filter_map(|shelf| Some((self.index.coldest_use_ms(place, shelf)?, shelf)))
+            .collect();
+        shelves.sort_unstable();
+        shelves.into_iter().any(|(_, shelf)| self.evict(place, shelf))
+    }
+
+    /// Lets a segment change owner if it holds what was not used for much longer than what the asking shelf would have to give up.
+    fn drain_if_worth_it(&mut self, place: Place, shelf: ShelfId) {
+        if self.draining[place.at()].is_some() {
+            return;
+        }
+        let age = |shelf| self.index.coldest_use_ms(place, shelf).map(|used| self.now_ms - used);
+        let slab = self.slab(place);
+        let others = slab.shelves().map(|(other, _)| other);
+        let donors = others.filter(|&other| other != shelf && slab.shelf_size(other).0 > 0);
+        let Some(donor) = donors.max_by_key(|&donor| age(donor).unwrap_or(u64::MAX)) else { return };
+        let worth_it = match (age(shelf), age(donor)) {
+            (None, _) | (_, None) => true,
+            (Some(own), Some(other)) => other > 2 * own + DRAIN_MARGIN_MS,
+        };
+        if !worth_it {
+            return;
+        }
+        if let Some((segment, empty)) = self.tier_mut(place).slab.drain_emptiest(donor) {
+            if empty {
+                self.segment_retired(place, segment);
+            } else {
+                self.draining[place.at()] = Some(Draining { segment, next_place: 0, more: true });
+            }
+        }
+    }
+
+    /// Frees what can be freed of segments that are to change owner.
+    pub(super) fn go_on_draining(&mut self) {
+        for place in [Place::Host, Place::Disk] {
+            let Some(Draining { segment, next_place, .. }) = self.draining[place.at()] else { continue };
+            let slab = self.slab(place);
+            let slots: Vec<SlotId> = slab.used_slots(segment, next_place).take(limits::CONTINUATION_BLOCKS).collect();
+            let more = slots.len() == limits::CONTINUATION_BLOCKS;
+            let next_place = if more { slots[slots.len() - 1].place() + 1 } else { 0 };
+            self.draining[place.at()] = Some(Draining { segment, next_place, more });
+            for slot in slots {
+                self.drain_slot(place, slot);
+            }
+        }
+    }
+
+    fn drain_slot(&mut self, place: Place, slot: SlotId) {
+        let slab = self.slab(place);
+        // A slot may be freed with another shard of its block.
+        if slab.slot_count(slot.segment()) == 0 {
+            return;
+        }
+        let record = *slab.slot(slot);
+        if record.state != SlotState::Resident || record.doomed || record.node == NodeId::NONE {
+            return;
+        }
+        let node = self.index.node(record.node);
+        let published = node.copy(place).is_some_and(|first| slab.chain(first).any(|other| other == slot));
+        let busy = node.writing || record.readers > 0;
+        let only_here = node.copy(place.other()).is_none();
+        if !published || busy {
+            return;
+        }
+        if place == Place::Host && only_here && self.write_back(record.node, false) {
+            return;
+        }
+        self.drop_copy(record.node, place);
+    }
+
+    /// A segment lost its last slot and its owner.
+    pub(super) fn segment_retired(&mut self, place: Place, segment: u32) {
+        if self.draining[place.at()].is_some_and(|draining| draining.segment == segment) {
+            self.draining[place.at()] = None;
+        }
+        match place {
+            Place::Host => {
+                self.host.clear_sums(segment);
+                self.to_prepare.push_back((segment, true));
+            }
+            Place::Disk => {
+                self.disk_mut().retire(segment);
+                self.disk_mut().tier.slab.segment_ready(segment);
+            }
+        }
+    }
+
+    /// Takes a copy out of the index; its slots are the caller's to give back. The node may be gone afterwards.
+    pub(super) fn withdraw(&mut self, node: NodeId, place: Place) -> Vec<SlotId> {
+        let first = self.index.node(node).copy(place).expect("only a copy that is there is withdrawn");
+        let slab = self.slab(place);
+        let (shelf, slots) = (slab.shelf_of(first), slab.chain(first).collect());
+        if self.index.node(node).copy(place.other()).is_none() {
+            self.counters.lost_blocks += 1;
+            self.worth.remember_lost(&self.index.node(node).key);
+        }
+        let block_bytes = self.block_bytes(node);
+        self.index.withdraw(node, place, shelf, block_bytes);
+        slots
+    }
+
+    /// Evicts a copy. The node may be gone afterwards.
+    pub(super) fn drop_copy(&mut self, node: NodeId, place: Place) {
+        match place {
+            Place::Host => self.counters.evicted_host += 1,
+            Place::Disk => self.counters.evicted_disk += 1,
+        }
+        for slot in self.withdraw(node, place) {
+            self.give_back(place, slot);
+        }
+    }
+
+    /// Frees a slot that the index does not know any more, or leaves that to its last reader.
+    pub(super) fn give_back(&mut self, place: Place, slot: SlotId) {
+        let record = self.tier_mut(place).slab.slot_mut(slot);
+        if record.readers > 0 {
+            record.doomed = true;
+            return;
+        }
+        if place == Place::Disk {
+            self.disk_mut().directory.mark(slot);
+        }
+        self.room_made = true;
+        if let Some(segment) = self.tier_mut(place).release(slot) {
+            self.segment_retired(place, segment);
+        }
+    }
+
+    /// One reader less; the last one of a doomed slot frees it.
+    pub(super) fn unread(&mut self, place: Place, slot: SlotId) {
+        let record = self.tier_mut(place).slab.slot_mut(slot);
+        record.readers -= 1;
+        if record.readers > 0 {
+            return;
+        }
+        let doomed = std::mem::take(&mut record.doomed);
+        self.room_made = true;
+        if doomed {
+            self.give_back(place, slot);
+        }
+    }
+
+    /// Requests that wait for room and find none at their deadline.
+    pub(super) fn no_room(&mut self, keys: usize) -> Reply {
+        self.counters.put_no_room += keys as u64;
+        Reply::Reserved(vec![crate::request::verb::ReserveOutcome::NoRoom; keys])
+    }
+}

@@ -1,0 +1,3 @@
+//! What may be asked.
+pub mod status;
+pub mod verb;

@@ -1,0 +1,122 @@
+//! What a tier file held when its daemon ended: read once at start, before anything is written.
+
+use std::io;
+
+use super::format::{self, DirectoryPage, Entry, FormatError, Superblock};
+use crate::device::block::{PAGE_BYTES, PageFile};
+use crate::device::memory::PageBuffer;
+
+/// What a segment held.
+#[derive(Clone, Debug)]
+pub struct FoundSegment {
+    /// Segment of the file.
+    pub segment: u32,
+    /// Whose.
+    pub tenant: [u8; 16],
+    /// Bytes of its slots.
+    pub slot_bytes: u32,
+    /// Its ownership.
+    pub epoch: u64,
+    /// For each page: which copy counts, and what it holds.
+    pub pages: Vec<Option<(u32, DirectoryPage)>>,
+}
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The disk said no.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Both superblocks are damaged or foreign.
+    #[error("{0}; give this daemon another --dir, or remove the file if nothing in it is needed")]
+    Format(FormatError),
+    /// Another geometry.
+    #[error(
+        "it was made for {found} and the configuration asks for {wanted}; restore the old --disk size, or remove the file \
+         to start empty"
+    )]
+    Geometry {
+        /// As found.
+        found: String,
+        /// As configured.
+        wanted: String,
+    },
+}
+
+/// Writes both superblocks of a new file.
+pub fn initialize(file: &mut dyn PageFile, superblock: &Superblock) -> io::Result<()> {
+    let mut pages = PageBuffer::zeroed(2)?;
+    for copy in pages.chunks_exact_mut(PAGE_BYTES as usize) {
+        copy.copy_from_slice(&superblock.encode().0);
+    }
+    file.write_pages(0, &pages)?;
+    file.flush()
+}
+
+/// The superblock of a file; `None` when there is none yet (a new file).
+pub fn superblock(file: &dyn PageFile) -> Result<Option<Superblock>, RecoverError> {
+    let pages = file.read_pages(0, 2)?;
+    if pages.iter().all(|&byte| byte == 0) {
+        return Ok(None);
+    }
+    let (first, second) = pages.split_at(PAGE_BYTES as usize);
+    match Superblock::decode(first) {
+        Ok(superblock) => Ok(Some(superblock)),
+        Err(error) => Superblock::decode(second).map(Some).map_err(|_| RecoverError::Format(error)),
+    }
+}
+
+/// Everything that the directories of a file say, segment by segment, and the highest number in use.
+pub fn directories(
+    file: &dyn PageFile,
+    superblock: &Superblock,
+    mut found: impl FnMut(FoundSegment),
+) -> Result<u64, RecoverError> {
+    let mut counter = 0;
+    for segment in 0..superblock.segment_count {
+        let Some(segment) = read_segment(file, superblock, segment)? else { continue };
+        for (_, page) in segment.pages.iter().flatten() {
+            let written = page.entries.iter().flatten().map(|entry| entry.written).max().unwrap_or(0);
+            counter = counter.max(page.sequence).max(page.epoch).max(written);
+        }
+        found(segment);
+    }
+    Ok(counter)
+}
+
+fn read_segment(
+    file: &dyn PageFile,
+    superblock: &Superblock,
+    segment: u32,
+) -> Result<Option<FoundSegment>, RecoverError> {
+    let offset = format::SEGMENTS_OFFSET + u64::from(segment) * superblock.segment_bytes;
+    let Some((_, first)) = newest(superblock, segment, 0, &file.read_pages(offset, 2)?, 0) else { return Ok(None) };
+    let slots = format::slots_per_segment(superblock.segment_bytes, first.slot_bytes.into());
+    let count = format::directory_pages(slots);
+    let bytes = file.read_pages(offset, 2 * count as usize)?;
+    let pages = bytes.chunks_exact(2 * PAGE_BYTES as usize).zip(0..count);
+    let pages = pages.map(|(copies, page)| newest(superblock, segment, page, copies, first.epoch)).collect();
+    let DirectoryPage { tenant, slot_bytes, epoch, .. } = first;
+    Ok(Some(FoundSegment { segment, tenant, slot_bytes, epoch, pages }))
+}
+
+/// The newer of a page's two copies among those that are whole and of this epoch or a later one.
+fn newest(
+    superblock: &Superblock,
+    segment: u32,
+    page: u32,
+    copies: &[u8],
+    epoch: u64,
+) -> Option<(u32, DirectoryPage)> {
+    copies
+        .chunks_exact(PAGE_BYTES as usize)
+        .zip(0u32..)
+        .filter_map(|(bytes, copy)| Some((copy, DirectoryPage::decode(bytes, &superblock.page_key).ok()?)))
+        .filter(|(_, found)| found.segment == segment && found.page == page && found.epoch >= epoch)
+        .max_by_key(|(_, found)| (found.epoch, found.sequence))
+}
+
+/// Entries of a page as bits.
+pub fn entry_bits(entries: &[Option<Entry>]) -> u32 {
+    entries.iter().zip(0u32..).fold(0, |bits, (entry, i)| bits | u32::from(entry.is_some()) << i)
+}

@@ -1,0 +1,62 @@
+//! Host memory: slots of the arena, and the sums of their fragments, which go out with a lease so that a reader can check what it
+//! got piece by piece.
+
+use tender_proto::sum;
+
+use super::Tier;
+use super::slab::{Slab, SlotId};
+use crate::device::memory::Extent;
+
+/// The host tier.
+#[derive(Debug)]
+pub struct HostTier {
+    /// Slots and quotas.
+    pub tier: Tier,
+    /// Per segment and slot: sums of the fragments.
+    sums: Vec<Vec<u64>>,
+}
+
+/// A segment of the arena holds nothing but slots.
+pub fn slots_per_segment(segment_bytes: u64, slot_bytes: u64) -> u32 {
+    (segment_bytes / slot_bytes) as u32
+}
+
+impl HostTier {
+    /// An arena of that many segments, none of them prepared.
+    pub fn new(segment_bytes: u64, segment_count: u32, quota_bytes: Vec<Option<u64>>) -> Self {
+        let slab = Slab::new(segment_bytes, segment_count, slots_per_segment);
+        Self { tier: Tier::new(slab, quota_bytes), sums: vec![Vec::new(); segment_count as usize] }
+    }
+
+    /// Where a slot's bytes are.
+    pub fn extent(&self, slot: SlotId) -> Extent {
+        let bytes = self.tier.slab.slot_bytes(slot);
+        Extent { segment: slot.segment(), offset: slot.place() * bytes, bytes }
+    }
+
+    /// Remembers the sums of a slot's fragments.
+    pub fn set_sums(&mut self, slot: SlotId, fragment_sums: &[u64]) {
+        let per_slot = self.fragments_per_slot(slot);
+        assert!(fragment_sums.len() <= per_slot, "a slot has no more fragments than fit");
+        let slots = self.tier.slab.slot_count(slot.segment()) as usize;
+        let sums = &mut self.sums[slot.segment() as usize];
+        sums.resize(slots * per_slot, 0);
+        let first = slot.place() as usize * per_slot;
+        sums[first..first + fragment_sums.len()].copy_from_slice(fragment_sums);
+    }
+
+    /// The sums of a slot's fragments.
+    pub fn sums(&self, slot: SlotId, payload_bytes: usize) -> &[u64] {
+        let first = slot.place() as usize * self.fragments_per_slot(slot);
+        &self.sums[slot.segment() as usize][first..first + sum::fragment_count(payload_bytes)]
+    }
+
+    /// Forgets the sums of a segment that changes owner.
+    pub fn clear_sums(&mut self, segment: u32) {
+        self.sums[segment as usize] = Vec::new();
+    }
+
+    fn fragments_per_slot(&self, slot: SlotId) -> usize {
+        sum::fragment_count(self.tier.slab.slot_bytes(slot) as usize)
+    }
+}

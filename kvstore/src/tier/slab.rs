@@ -1,0 +1,445 @@
+//! Slots of one tier: segments cut into slots of one size for one tenant, a free list per shelf, a record per slot. Moves no byte and
+//! knows no key; the records lie apart from the payload, in memory that no client maps.
+//!
+//! ```text
+//! segment   free ──assign──► owned by a shelf (tenant, slot bytes) ──drain──► draining ──last slot freed──► retired ──ready──► free
+//! slot      Free ──reserve──► Filling ──publish──► Resident ──release──► Free        a new generation at every reserve
+//!                                  └──release──► Free      └─quarantine─► Quarantined (until its segment is retired)
+//! ```
+//! A slot is named by segment (14 bits) and place (18 bits): 16,384 segments, and 1 GiB / 4 KiB = 262,144 slots in each.
+
+use std::collections::HashMap;
+
+use crate::index::ids::{GroupId, NodeId, TenantId};
+use crate::limits;
+
+/// Name of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SlotId(u32);
+
+const PLACE_BITS: u32 = 18;
+
+/// Most segments of one tier.
+pub const SEGMENTS_MAX: u32 = (1 << (32 - PLACE_BITS)) - 1;
+
+impl SlotId {
+    /// No slot.
+    pub const NONE: Self = Self(u32::MAX);
+
+    /// The slot at `place` of `segment`.
+    pub fn new(segment: u32, place: u32) -> Self {
+        Self(segment << PLACE_BITS | place)
+    }
+
+    /// Its segment.
+    pub fn segment(self) -> u32 {
+        self.0 >> PLACE_BITS
+    }
+
+    /// Its place in the segment.
+    pub fn place(self) -> u32 {
+        self.0 & ((1 << PLACE_BITS) - 1)
+    }
+}
+
+/// What a slot is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotState {
+    /// Nobody's.
+    Free,
+    /// Written by its holder (a client's put, a load, a write-back); nobody reads.
+    Filling,
+    /// Its shard is complete; readable.
+    Resident,
+    /// Held bytes that were not what was written. Not used again before its segment is.
+    Quarantined,
+}
+
+/// Record of one slot.
+#[derive(Clone, Copy, Debug)]
+pub struct Slot {
+    /// Whose block.
+    pub node: NodeId,
+    /// The slot of the same copy's next shard.
+    pub next: SlotId,
+    /// Number of its reservation, unique in the tier: with it a name is good for one reservation only.
+    pub generation: u32,
+    /// Leases and transfers that read it now.
+    pub readers: u32,
+    /// Who fills it.
+    pub holder: GroupId,
+    /// Sum of the shard (`proto/src/sum.rs`).
+    pub root: u64,
+    /// Which shard.
+    pub shard_index: u8,
+    /// Of how many.
+    pub shard_count: u8,
+    /// What it is in.
+    pub state: SlotState,
+    /// Given up by the index while read or filled: freed by whoever finishes last.
+    pub doomed: bool,
+}
+
+/// A shelf: all segments of one tenant and slot size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ShelfId(pub u16);
+
+/// What a shelf holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// Whose.
+    pub tenant: TenantId,
+    /// Bytes of a slot; whole pages.
+    pub slot_bytes: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SegmentState {
+    /// Not prepared yet, or being zeroed.
+    Retired,
+    /// Ready for any shelf.
+    Free,
+    /// In use.
+    Owned(ShelfId),
+    /// Takes no new block.
+    Draining(ShelfId),
+}
+
+#[derive(Debug)]
+struct Segment {
+    state: SegmentState,
+    slots: Vec<Slot>,
+    used: u32,
+    free: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Shelf {
+    owner: Owner,
+    segments: Vec<u32>,
+    /// Segments of this shelf with a free slot.
+    open: Vec<u32>,
+    used: u64,
+}
+
+/// How many slots of `slot_bytes` a segment takes: the tier knows (a disk segment also holds its directory).
+pub type SlotsPerSegment = fn(segment_bytes: u64, slot_bytes: u64) -> u32;
+
+/// The slots of one tier.
+#[derive(Debug)]
+pub struct Slab {
+    segment_bytes: u64,
+    slots_per_segment: SlotsPerSegment,
+    segments: Vec<Segment>,
+    free: Vec<u32>,
+    shelves: Vec<Shelf>,
+    shelf_of: HashMap<Owner, ShelfId>,
+    generation: u32,
+}
+
+/// What a tier holds, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of used slots.
+    pub used_bytes: u64,
+    /// All slots of owned segments.
+    pub slots: u64,
+    /// Used slots.
+    pub used_slots: u64,
+    /// Bytes of segments that are prepared.
+    pub ready_bytes: u64,
+}
+
+impl Slab {
+    /// A tier of `segment_count` segments, none of them prepared.
+    pub fn new(segment_bytes: u64, segment_count: u32, slots_per_segment: SlotsPerSegment) -> Self {
+        assert!(segment_count <= SEGMENTS_MAX, "at most {SEGMENTS_MAX} segments have a name");
+        let segment = || Segment { state: SegmentState::Retired, slots: Vec::new(), used: 0, free: Vec::new() };
+        Self {
+            segment_bytes,
+            slots_per_segment,
+            segments: std::iter::repeat_with(segment).take(segment_count as usize).collect(),
+            free: Vec::new(),
+            shelves: Vec::new(),
+            shelf_of: HashMap::new(),
+            generation: 0,
+        }
+    }
+
+    /// Bytes of one segment.
+    pub fn segment_bytes(&self) -> u64 {
+        self.segment_bytes
+    }
+
+    /// All segments.
+    pub fn segment_count(&self) -> u32 {
+        self.segments.len() as u32
+    }
+
+    /// The shelf of this owner; `None` when there are too many shelves, or the slot does not fit.
+    pub fn shelf(&mut self, owner: Owner) -> Option<ShelfId> {
+        if let Some(&shelf) = self.shelf_of.get(&owner) {
+            return Some(shelf);
+        }
+        let fits = (self.slots_per_segment)(self.segment_bytes, owner.slot_bytes.into()) > 0;
+        if !fits || self.shelves.len() >= limits::SHELVES_MAX {
+            return None;
+        }
+        let shelf = ShelfId(self.shelves.len() as u16);
+        self.shelves.push(Shelf { owner, segments: Vec::new(), open: Vec::new(), used: 0 });
+        self.shelf_of.insert(owner, shelf);
+        Some(shelf)
+    }
+
+    /// All shelves with their owners.
+    pub fn shelves(&self) -> impl Iterator<Item = (ShelfId, Owner)> {
+        self.shelves.iter().enumerate().map(|(i, shelf)| (ShelfId(i as u16), shelf.owner))
+    }
+
+    /// Whose a shelf is.
+    pub fn owner(&self, shelf: ShelfId) -> Owner {
+        self.shelves[shelf.0 as usize].owner
+    }
+
+    /// Segments and used slots of a shelf.
+    pub fn shelf_size(&self, shelf: ShelfId) -> (usize, u64) {
+        let shelf = &self.shelves[shelf.0 as usize];
+        (shelf.segments.len(), shelf.used)
+    }
+
+    /// Slots of a shelf, used or not.
+    pub fn shelf_slots(&self, shelf: ShelfId) -> u64 {
+        let segments = &self.shelves[shelf.0 as usize].segments;
+        segments.iter().map(|&segment| self.segments[segment as usize].slots.len() as u64).sum()
+    }
+
+    /// The shelf that a slot belongs to.
+    pub fn shelf_of(&self, slot: SlotId) -> ShelfId {
+        match self.segments[slot.segment() as usize].state {
+            SegmentState::Owned(shelf) | SegmentState::Draining(shelf) => shelf,
+            SegmentState::Free | SegmentState::Retired => panic!("slot {slot:?} belongs to no shelf"),
+        }
+    }
+
+    /// Bytes of a slot.
+    pub fn slot_bytes(&self, slot: SlotId) -> u32 {
+        self.owner(self.shelf_of(slot)).slot_bytes
+    }
+
+    /// The record of a slot.
+    pub fn slot(&self, slot: SlotId) -> &Slot {
+        &self.segments[slot.segment() as usize].slots[slot.place() as usize]
+    }
+
+    /// The record of a slot, to be changed.
+    pub fn slot_mut(&mut self, slot: SlotId) -> &mut Slot {
+        &mut self.segments[slot.segment() as usize].slots[slot.place() as usize]
+    }
+
+    /// The record of a slot, if that reservation of it still stands.
+    pub fn standing(&self, slot: SlotId, generation: u32) -> Option<&Slot> {
+        let record = self.segments.get(slot.segment() as usize)?.slots.get(slot.place() as usize)?;
+        (record.generation == generation && record.state != SlotState::Free).then_some(record)
+    }
+
+    /// The slots of one copy, shard after shard.
+    pub fn chain(&self, first: SlotId) -> impl Iterator<Item = SlotId> {
+        let mut next = first;
+        std::iter::from_fn(move || {
+            let slot = next;
+            (slot != SlotId::NONE).then(|| {
+                next = self.slot(slot).next;
+                slot
+            })
+        })
+    }
+
+    /// A segment was prepared (or zeroed) and may be used.
+    pub fn segment_ready(&mut self, segment: u32) {
+        let record = &mut self.segments[segment as usize];
+        assert_eq!(record.state, SegmentState::Retired, "segment {segment} is prepared once");
+        record.state = SegmentState::Free;
+        self.free.push(segment);
+    }
+
+    /// Whether a slot of this shelf can be had without taking one from somebody.
+    pub fn has_room(&self, shelf: ShelfId) -> bool {
+        !self.shelves[shelf.0 as usize].open.is_empty() || !self.free.is_empty()
+    }
+
+    /// Segments that are not ready yet: room to come.
+    pub fn retired_segments(&self) -> usize {
+        self.segments.iter().filter(|segment| segment.state == SegmentState::Retired).count()
+    }
+
+    /// Takes a free slot of the shelf for one shard of a node's copy, assigning a free segment if need be.
+    pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
+        if self.shelves[shelf.0 as usize].open.is_empty() {
+            let segment = self.free.pop()?;
+            self.assign(segment, shelf);
+        }
+        let segment = *self.shelves[shelf.0 as usize].open.last()?;
+        let place = self.segments[segment as usize].free.pop().expect("an open segment has a free slot");
+        Some(self.take(segment, place, shelf, node, holder, shard))
+    }
+
+    fn take(
+        &mut self,
+        segment: u32,
+        place: u32,
+        shelf: ShelfId,
+        node: NodeId,
+        holder: GroupId,
+        (shard_index, shard_count): (u8, u8),
+    ) -> SlotId {
+        let record = &mut self.segments[segment as usize];
+        record.used += 1;
+        if record.free.is_empty() {
+            self.shelves[shelf.0 as usize].open.retain(|&open| open != segment);
+        }
+        self.shelves[shelf.0 as usize].used += 1;
+        self.generation = self.generation.wrapping_add(1);
+        let slot = &mut record.slots[place as usize];
+        assert_eq!(slot.state, SlotState::Free, "a free list holds free slots");
+        *slot = Slot {
+            node,
+            next: SlotId::NONE,
+            generation: self.generation,
+            readers: 0,
+            holder,
+            root: 0,
+            shard_index,
+            shard_count,
+            state: SlotState::Filling,
+            doomed: false,
+        };
+        SlotId::new(segment, place)
+    }
+
+    /// Gives a segment that is free to a shelf. Used by `reserve`, and by recovery for the segment that a directory describes.
+    pub fn assign(&mut self, segment: u32, shelf: ShelfId) {
+        let owner = self.shelves[shelf.0 as usize].owner;
+        let count = (self.slots_per_segment)(self.segment_bytes, owner.slot_bytes.into());
+        let record = &mut self.segments[segment as usize];
+        assert_eq!(record.state, SegmentState::Free, "segment {segment} has one owner");
+        self.free.retain(|&free| free != segment);
+        record.state = SegmentState::Owned(shelf);
+        let free = Slot {
+            node: NodeId::NONE,
+            next: SlotId::NONE,
+            generation: 0,
+            readers: 0,
+            holder: GroupId(0),
+            root: 0,
+            shard_index: 0,
+            shard_count: 1,
+            state: SlotState::Free,
+            doomed: false,
+        };
+        record.slots = vec![free; count as usize];
+        record.free = (0..count).rev().collect();
+        record.used = 0;
+        let shelf = &mut self.shelves[shelf.0 as usize];
+        shelf.segments.push(segment);
+        shelf.open.push(segment);
+    }
+
+    /// Takes one particular slot, during recovery. `None` if it is taken.
+    pub fn reserve_at(&mut self, slot: SlotId, node: NodeId, shard: (u8, u8)) -> Option<()> {
+        let shelf = self.shelf_of(slot);
+        let record = &mut self.segments[slot.segment() as usize];
+        let at = record.free.iter().rposition(|&place| place == slot.place())?;
+        record.free.remove(at);
+        self.take(slot.segment(), slot.place(), shelf, node, GroupId(0), shard);
+        Some(())
+    }
+
+    /// Frees a slot; returns the segment if this was the last slot of one that drains: it is retired now.
+    #[must_use = "a retired segment must be zeroed and made ready again"]
+    pub fn release(&mut self, slot: SlotId) -> Option<u32> {
+        let record = self.slot_mut(slot);
+        assert_eq!(record.readers, 0, "slot {slot:?} is freed by its last reader");
+        assert!(matches!(record.state, SlotState::Filling | SlotState::Resident), "slot {slot:?} is freed once");
+        record.state = SlotState::Free;
+        record.node = NodeId::NONE;
+        let shelf = self.shelf_of(slot);
+        self.shelves[shelf.0 as usize].used -= 1;
+        let segment = &mut self.segments[slot.segment() as usize];
+        segment.used -= 1;
+        match segment.state {
+            SegmentState::Draining(_) => self.retire_if_drained(slot.segment()),
+            _ => {
+                segment.free.push(slot.place());
+                if segment.free.len() == 1 {
+                    self.shelves[shelf.0 as usize].open.push(slot.segment());
+                }
+                None
+            }
+        }
+    }
+
+    /// Takes a slot out of use until its segment changes owner. The record's readers must be gone.
+    #[must_use = "a retired segment must be zeroed and made ready again"]
+    pub fn quarantine(&mut self, slot: SlotId) -> Option<u32> {
+        let shelf = self.shelf_of(slot);
+        let record = self.slot_mut(slot);
+        assert_eq!(record.readers, 0, "slot {slot:?} is quarantined by its last reader");
+        record.state = SlotState::Quarantined;
+        record.node = NodeId::NONE;
+        self.shelves[shelf.0 as usize].used -= 1;
+        let segment = &mut self.segments[slot.segment() as usize];
+        segment.used -= 1;
+        if matches!(segment.state, SegmentState::Draining(_)) { self.retire_if_drained(slot.segment()) } else { None }
+    }
+
+    /// Stops new blocks from entering the shelf's emptiest segment, so that it can change owner. Returns it, and whether it is empty
+    /// already (and thus retired).
+    pub fn drain_emptiest(&mut self, shelf: ShelfId) -> Option<(u32, bool)> {
+        let segments = &self.shelves[shelf.0 as usize].segments;
+        let segment = *segments.iter().min_by_key(|&&segment| self.segments[segment as usize].used)?;
+        self.segments[segment as usize].state = SegmentState::Draining(shelf);
+        self.segments[segment as usize].free.clear();
+        self.shelves[shelf.0 as usize].open.retain(|&open| open != segment);
+        Some((segment, self.retire_if_drained(segment).is_some()))
+    }
+
+    fn retire_if_drained(&mut self, segment: u32) -> Option<u32> {
+        let record = &mut self.segments[segment as usize];
+        let SegmentState::Draining(shelf) = record.state else { return None };
+        if record.used > 0 {
+            return None;
+        }
+        record.state = SegmentState::Retired;
+        self.shelves[shelf.0 as usize].segments.retain(|&owned| owned != segment);
+        Some(segment)
+    }
+
+    /// Used slots of a segment, from `place` on.
+    pub fn used_slots(&self, segment: u32, place: u32) -> impl Iterator<Item = SlotId> {
+        let slots = &self.segments[segment as usize].slots;
+        slots.iter().enumerate().skip(place as usize).filter_map(move |(place, slot)| {
+            matches!(slot.state, SlotState::Filling | SlotState::Resident).then(|| SlotId::new(segment, place as u32))
+        })
+    }
+
+    /// Slots that a segment is cut into; 0 while nobody owns it.
+    pub fn slot_count(&self, segment: u32) -> u32 {
+        match self.segments[segment as usize].state {
+            SegmentState::Owned(_) | SegmentState::Draining(_) => self.segments[segment as usize].slots.len() as u32,
+            SegmentState::Free | SegmentState::Retired => 0,
+        }
+    }
+
+    /// What is in use.
+    pub fn usage(&self) -> Usage {
+        let mut usage = Usage::default();
+        for shelf in &self.shelves {
+            usage.used_slots += shelf.used;
+            usage.used_bytes += shelf.used * u64::from(shelf.owner.slot_bytes);
+            usage.slots += shelf.segments.iter().map(|&s| self.segments[s as usize].slots.len() as u64).sum::<u64>();
+        }
+        let ready = self.segments.len() - self.retired_segments();
+        usage.ready_bytes = ready as u64 * self.segment_bytes;
+        usage
+    }
+}

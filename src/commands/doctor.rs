@@ -1,0 +1,92 @@
+//! `tender doctor`: what the store needs of this machine, what was found, what is used instead, and the cure.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+use tender_client::proto::wire;
+use tender_kvstore::Config;
+
+use super::serve::Settings;
+use crate::connect::Connection;
+use crate::failure::Failure;
+use crate::output::{Output, text_table};
+
+/// Asks the running daemon what it found; without one, looks for itself, with the settings that `serve` would have.
+#[derive(Args, Debug)]
+pub struct Doctor {
+    /// Configuration file (TOML) of a daemon that is not running
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    output: Output,
+}
+
+struct Finding {
+    what: String,
+    found: String,
+    verdict: &'static str,
+    cure: String,
+}
+
+impl Doctor {
+    /// Shows findings; fails when one is bad.
+    pub async fn run(self) -> Result<(), Failure> {
+        let Self { config, settings, output } = self;
+        let overrides = settings.overrides();
+        let connection = Connection { socket: overrides.socket.clone(), ..Connection::default() };
+        let running = match connection.operator().await {
+            Ok(operator) => Some(operator.status().await?),
+            Err(_) => None,
+        };
+        let (origin, findings) = match running {
+            Some(status) => {
+                let origin = format!("as found by the running daemon (process {})", status.process_id);
+                (origin, status.findings.into_iter().map(Finding::from).collect::<Vec<_>>())
+            }
+            None => {
+                let config = Config::load(config.as_deref(), &overrides).map_err(Failure::message)?;
+                let findings = tender_kvstore::doctor(&config).into_iter().map(Finding::from).collect();
+                ("no daemon is running; as a daemon started now would find it".to_owned(), findings)
+            }
+        };
+        if output.json {
+            for Finding { what, found, verdict, cure } in &findings {
+                output.object(&json!({ "what": what, "found": found, "verdict": verdict, "cure": cure }))?;
+            }
+        } else {
+            output.line(origin)?;
+            let rows = findings.iter().map(|finding| {
+                [finding.what.clone(), finding.verdict.to_owned(), finding.found.clone(), finding.cure.clone()]
+            });
+            output.line(text_table(["what", "verdict", "found", "cure"], rows))?;
+        }
+        if findings.iter().any(|finding| finding.verdict == BAD) { Err(Failure::Bad) } else { Ok(()) }
+    }
+}
+
+const BAD: &str = "BAD";
+
+impl From<wire::Finding> for Finding {
+    fn from(finding: wire::Finding) -> Self {
+        let verdict = match finding.verdict() {
+            wire::Verdict::Good => "good",
+            wire::Verdict::Fallback => "fallback",
+            wire::Verdict::Bad => BAD,
+        };
+        Self { what: finding.what, found: finding.found, verdict, cure: finding.cure }
+    }
+}
+
+impl From<tender_kvstore::Finding> for Finding {
+    fn from(finding: tender_kvstore::Finding) -> Self {
+        let verdict = match finding.verdict {
+            tender_kvstore::Verdict::Good => "good",
+            tender_kvstore::Verdict::Fallback => "fallback",
+            tender_kvstore::Verdict::Bad => BAD,
+        };
+        Self { what: finding.what, found: finding.found, verdict, cure: finding.cure }
+    }
+}

@@ -1,0 +1,144 @@
+//! `tender put`: stores the blocks of a prompt.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use clap::Args;
+use serde_json::{Map, Value};
+use tender_client::proto::{BlockKey, Shard};
+use tender_client::{BlockStore, PutOutcome};
+
+use crate::connect::Connection;
+use crate::failure::Failure;
+use crate::identity::{NamespaceArgs, TokensArgs};
+use crate::output::{Output, table};
+use crate::replay::payload::Payload;
+use crate::units;
+
+/// Bytes held in memory at once.
+const WINDOW_BYTES_MAX: u64 = 32 << 20;
+
+/// Stores the whole blocks of a prompt; succeeds when all of them are in the store afterwards.
+#[derive(Args, Debug)]
+pub struct Put {
+    #[command(flatten)]
+    namespace: NamespaceArgs,
+    #[command(flatten)]
+    tokens: TokensArgs,
+    /// File of the blocks' bytes, one after the other; `-` for standard input
+    #[arg(long, value_name = "FILE|-", required_unless_present = "generate")]
+    payload: Option<PathBuf>,
+    /// Make the bytes up, from the blocks' keys
+    #[arg(long, conflicts_with = "payload")]
+    generate: bool,
+    #[command(flatten)]
+    connection: Connection,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// Where the bytes come from.
+enum Source {
+    Generated(Payload),
+    Read(Box<dyn Read + Send>, String),
+}
+
+impl Put {
+    /// Puts window by window.
+    pub async fn run(self) -> Result<(), Failure> {
+        let block_tokens = self.namespace.block_tokens as usize;
+        let tokens = self.tokens.read(self.namespace.block_tokens)?;
+        let blocks = tokens.len() / block_tokens;
+        let mut source = self.source(blocks as u64)?;
+        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout()).await?;
+        let keys = store.terms().chain(&tokens);
+        let block_bytes = store.terms().shard_bytes(1);
+        let window_blocks = (WINDOW_BYTES_MAX / block_bytes as u64).max(1) as usize;
+        let mut outcomes = Vec::with_capacity(keys.len());
+        let mut parent = store.terms().root;
+        for (keys, tokens) in keys.chunks(window_blocks).zip(tokens.chunks(window_blocks * block_tokens)) {
+            let payloads = source.read(keys, block_bytes)?;
+            let tokens = &tokens[..keys.len() * block_tokens];
+            let put = tender_client::Put { parent, keys, shard: Shard::WHOLE, payloads: &payloads, tokens };
+            outcomes.extend(store.put(put).await);
+            parent = keys.last().copied().unwrap_or(parent);
+        }
+        source.end(blocks as u64 * block_bytes as u64)?;
+        self.show(&outcomes)?;
+        if outcomes.iter().all(|outcome| outcome.is_there()) { Ok(()) } else { Err(Failure::Bad) }
+    }
+
+    fn source(&self, blocks: u64) -> Result<Source, Failure> {
+        match &self.payload {
+            None => Ok(Source::Generated(Payload::new(0))),
+            Some(file) if file.as_os_str() == "-" => {
+                Ok(Source::Read(Box::new(io::stdin()), "standard input".to_owned()))
+            }
+            Some(file) => {
+                let shown = file.display().to_string();
+                let opened = File::open(file).map_err(Failure::of(format_args!("cannot read {shown}")))?;
+                let metadata = opened.metadata().map_err(Failure::of(format_args!("cannot read {shown}")))?;
+                let needed = blocks.saturating_mul(self.namespace.block_bytes);
+                if metadata.is_file() && metadata.len() != needed {
+                    return Err(wrong_length(&shown, &metadata.len().to_string(), needed));
+                }
+                Ok(Source::Read(Box::new(opened), shown))
+            }
+        }
+    }
+
+    fn show(&self, outcomes: &[PutOutcome]) -> Result<(), Failure> {
+        let names = [
+            (PutOutcome::Stored, "stored"),
+            (PutOutcome::ShardStored, "shard_stored"),
+            (PutOutcome::AlreadyPresent, "already_present"),
+            (PutOutcome::BeingWritten, "being_written"),
+            (PutOutcome::NoRoom, "no_room"),
+            (PutOutcome::OverQuota, "over_quota"),
+            (PutOutcome::Refused, "refused"),
+            (PutOutcome::Shed, "shed"),
+            (PutOutcome::Unavailable, "unavailable"),
+        ];
+        let counts = names.map(|(what, name)| (name, outcomes.iter().filter(|outcome| **outcome == what).count() as u64));
+        if self.output.json {
+            let mut row = Map::from_iter([("blocks".to_owned(), Value::from(outcomes.len()))]);
+            row.extend(counts.map(|(name, blocks)| (format!("{name}_blocks"), blocks.into())));
+            return self.output.object(&row);
+        }
+        let rows = counts.into_iter().filter(|(_, blocks)| *blocks > 0);
+        self.output.line(table(["put", "blocks"], rows.map(|(name, blocks)| [name.replace('_', " "), units::count(blocks)])))
+    }
+}
+
+impl Source {
+    fn read(&mut self, keys: &[BlockKey], block_bytes: usize) -> Result<Vec<Bytes>, Failure> {
+        keys.iter()
+            .map(|key| {
+                let mut bytes = vec![0; block_bytes];
+                match self {
+                    Self::Generated(payload) => payload.fill(key, &mut bytes),
+                    Self::Read(file, shown) => file.read_exact(&mut bytes).map_err(|error| match error.kind() {
+                        io::ErrorKind::UnexpectedEof => wrong_length(shown, "fewer", block_bytes as u64),
+                        _ => Failure::of(format_args!("cannot read {shown}"))(error),
+                    })?,
+                }
+                Ok(bytes.into())
+            })
+            .collect()
+    }
+
+    /// Nothing may be left over: then tokens and bytes did not belong together.
+    fn end(&mut self, needed: u64) -> Result<(), Failure> {
+        let Self::Read(file, shown) = self else { return Ok(()) };
+        let is_over = file.read(&mut [0]).map_err(Failure::of(format_args!("cannot read {shown}")))? == 0;
+        if is_over { Ok(()) } else { Err(wrong_length(shown, "more", needed)) }
+    }
+}
+
+fn wrong_length(shown: &str, has: &str, needed: u64) -> Failure {
+    Failure::message(format_args!(
+        "{shown} has {has} bytes, but the whole blocks of these tokens need {needed}; see --block-tokens and --block-bytes"
+    ))
+}

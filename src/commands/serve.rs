@@ -1,0 +1,72 @@
+//! `tender serve`: the daemon of this node.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::Args;
+use tender_kvstore::{Config, Overrides};
+
+use crate::failure::Failure;
+use crate::lifeline::die_with;
+use crate::units::parse_bytes;
+
+/// Flags override the environment (TENDER_*), which overrides the configuration file.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+    /// End when this process does
+    #[arg(long, hide = true, value_name = "PROCESS")]
+    parent: Option<u32>,
+}
+
+/// Settings of a daemon as flags; `doctor` takes the same.
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    /// Unix socket to listen on
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Loopback address to listen on; needs a token file
+    #[arg(long, value_name = "127.0.0.1:PORT")]
+    listen: Option<SocketAddr>,
+    /// Folder of the disk tier
+    #[arg(long, value_name = "PATH")]
+    dir: Option<PathBuf>,
+    /// Host memory for blocks
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    host: Option<u64>,
+    /// Disk space for blocks; 0 for no disk tier
+    #[arg(long, value_parser = parse_bytes, value_name = "SIZE")]
+    disk: Option<u64>,
+    /// File that holds the token of the tenant `default`, in one line
+    #[arg(long, value_name = "PATH")]
+    token_file: Option<PathBuf>,
+    /// Loopback address for Prometheus metrics
+    #[arg(long, value_name = "127.0.0.1:PORT")]
+    metrics: Option<SocketAddr>,
+    /// What to log, such as `info` or `tender_kvstore=debug`
+    #[arg(long, value_name = "FILTER")]
+    log: Option<String>,
+}
+
+impl Settings {
+    /// As the daemon's library takes them.
+    pub fn overrides(self) -> Overrides {
+        let Self { socket, listen, dir, host, disk, token_file, metrics, log } = self;
+        Overrides { socket, listen, dir, host, disk, token_file, metrics, log }
+    }
+}
+
+impl Serve {
+    /// Serves until SIGTERM or SIGINT.
+    pub fn run(self) -> Result<(), Failure> {
+        if let Some(parent) = self.parent {
+            die_with(parent)?;
+        }
+        let config = Config::load(self.config.as_deref(), &self.settings.overrides()).map_err(Failure::message)?;
+        tender_kvstore::serve(config).map_err(Failure::message)
+    }
+}

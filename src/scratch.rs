@@ -1,0 +1,111 @@
+//! A folder for the time of a command: on a file system with room and, if there is one, with O_DIRECT; removed at the end.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{OFlags, statfs, statvfs};
+use tempfile::TempDir;
+
+use crate::failure::Failure;
+use crate::units;
+
+/// The folder, and what lies under it.
+#[derive(Debug)]
+pub struct Scratch {
+    folder: TempDir,
+    /// Name of the file system.
+    pub file_system: String,
+    /// Whether O_DIRECT works on it.
+    pub direct: bool,
+    /// Room when it was made.
+    pub free_bytes: u64,
+}
+
+impl Scratch {
+    /// Makes a folder that may grow to `needed_bytes`, under `under` or where it is best.
+    pub fn new(prefix: &str, under: Option<&Path>, needed_bytes: u64) -> Result<Self, Failure> {
+        let places = match under {
+            Some(place) => vec![place.to_owned()],
+            None => usual_places(),
+        };
+        let mut made = Vec::new();
+        let mut refused = Vec::new();
+        for place in places {
+            match Self::at(&place, prefix) {
+                Ok(scratch) if scratch.free_bytes >= needed_bytes => made.push(scratch),
+                Ok(scratch) => refused.push(format!("{} has {} free", place.display(), units::bytes(scratch.free_bytes))),
+                Err(error) => refused.push(format!("{}: {error}", place.display())),
+            }
+        }
+        let best = made.iter().position(|scratch| scratch.direct && !scratch.is_memory());
+        let best = best.or_else(|| made.iter().position(|scratch| !scratch.is_memory()));
+        match best {
+            Some(best) => Ok(made.swap_remove(best)),
+            // A file system in memory would make the disk tier a second copy in memory: only where it is asked for.
+            None if under.is_some() && !made.is_empty() => Ok(made.swap_remove(0)),
+            None => {
+                refused.extend(made.iter().map(|scratch| format!("{} is memory", scratch.path().display())));
+                let (needed, found) = (units::bytes(needed_bytes), refused.join("; "));
+                Err(Failure::message(format_args!(
+                    "no folder has the {needed} needed for temporary files ({found}); free some, ask for a smaller --disk, or name \
+                     another folder with --dir"
+                )))
+            }
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Removes it now, and says when that fails.
+    pub fn remove(self) -> Result<(), Failure> {
+        let shown = self.folder.path().display().to_string();
+        self.folder.close().map_err(Failure::of(format_args!("cannot remove the temporary folder {shown}; remove it by hand")))
+    }
+
+    fn at(place: &Path, prefix: &str) -> std::io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(place)?;
+        let room = statvfs(folder.path())?;
+        let probe = folder.path().join("direct");
+        let direct = i32::try_from(OFlags::DIRECT.bits())
+            .is_ok_and(|flag| File::options().write(true).create(true).custom_flags(flag).open(&probe).is_ok());
+        drop(std::fs::remove_file(&probe));
+        let file_system = file_system_name(statfs(folder.path())?.f_type as u64);
+        Ok(Self { folder, file_system, direct, free_bytes: room.f_bavail.saturating_mul(room.f_frsize) })
+    }
+
+    fn is_memory(&self) -> bool {
+        matches!(self.file_system.as_str(), "tmpfs" | "ramfs")
+    }
+}
+
+fn usual_places() -> Vec<PathBuf> {
+    let mut places: Vec<PathBuf> = std::env::var_os("TMPDIR").map(PathBuf::from).into_iter().collect();
+    places.push("/var/tmp".into());
+    places.extend(std::env::current_dir());
+    places.push("/tmp".into());
+    places
+}
+
+/// By the number in statfs(2).
+fn file_system_name(number: u64) -> String {
+    let name = match number {
+        0xef53 => "ext4",
+        0x5846_5342 => "xfs",
+        0x9123_683e => "btrfs",
+        0x0102_1994 => "tmpfs",
+        0x8584_58f6 => "ramfs",
+        0x794c_7630 => "overlayfs",
+        0x2fc1_2fc1 => "zfs",
+        0x6969 => "nfs",
+        0xf2f5_2010 => "f2fs",
+        0x6573_5546 => "fuse",
+        0x0102_1997 => "9p",
+        0x6a65_6a63 => "virtiofs",
+        _ => return format!("unknown ({number:#x})"),
+    };
+    name.to_owned()
+}
