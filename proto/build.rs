@@ -3,8 +3,6 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=kvstore.proto");
     let descriptors = protox::compile(["kvstore.proto"], ["."])?;
-    tonic_prost_build::configure()
-        .bytes(".tender.v1")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".tender.v1").compile_fds(descriptors)?;
     Ok(())
 }

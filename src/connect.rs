@@ -15,8 +15,8 @@ pub struct Connection {
     /// The daemon's Unix socket [default: where `tender serve` puts it]
     #[arg(long, env = "TENDER_SOCKET", value_name = "PATH")]
     pub socket: Option<PathBuf>,
-    /// The daemon's loopback address, instead of a socket
-    #[arg(long, value_name = "127.0.0.1:PORT", conflicts_with = "socket")]
+    /// The daemon's loopback address; goes before a socket
+    #[arg(long, value_name = "127.0.0.1:PORT")]
     pub address: Option<SocketAddr>,
     /// File that holds the tenant's token, in one line
     #[arg(long, env = "TENDER_TOKEN_FILE", value_name = "PATH")]
@@ -65,7 +65,9 @@ fn read_token(file: &Path) -> Result<String, Failure> {
         "cannot read the token file {shown}; name the file that the daemon's configuration names for this tenant"
     )))?;
     match text.trim() {
-        "" => Err(Failure::message(format_args!("the token file {shown} is empty; it must hold the token in one line"))),
+        "" => {
+            Err(Failure::message(format_args!("the token file {shown} is empty; it must hold the token in one line")))
+        }
         token => Ok(token.to_owned()),
     }
 }

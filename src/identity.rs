@@ -73,7 +73,9 @@ impl TokensArgs {
                 parse(&text, &shown)?
             }
             (.., Some(text)) => text.bytes().map(u32::from).collect(),
-            _ => return Err(Failure::message("which blocks? name their tokens with --tokens, --tokens-file or --text")),
+            _ => {
+                return Err(Failure::message("which blocks? name their tokens with --tokens, --tokens-file or --text"));
+            }
         };
         if tokens.len() < block_tokens as usize {
             let count = tokens.len();
@@ -93,7 +95,9 @@ fn parse(text: &str, origin: &str) -> Result<Vec<u32>, Failure> {
         .enumerate()
         .map(|(i, word)| {
             word.parse().map_err(|_| {
-                Failure::message(format_args!("{origin}: token {i} is `{word}`, but must be a whole number from 0 to 4294967295"))
+                Failure::message(format_args!(
+                    "{origin}: token {i} is `{word}`, but must be a whole number from 0 to 4294967295"
+                ))
             })
         })
         .collect()

@@ -12,7 +12,8 @@ pub fn die_with(parent: u32) -> Result<(), Failure> {
     set_parent_process_death_signal(Some(Signal::TERM))
         .map_err(|error| Failure::of("cannot tie this process to its parent")(error.into()))?;
     let is_ours = getppid().map(Pid::as_raw_nonzero).is_some_and(|id| i64::from(id.get()) == i64::from(parent));
-    if is_ours { Ok(()) } else { Err(Failure::message("the process that started this one is gone")) }
+    // Nobody is left to be told.
+    if is_ours { Ok(()) } else { Err(Failure::Interrupted) }
 }
 
 /// Asks a process to end.

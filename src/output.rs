@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, Write as _};
 
 use clap::Args;
-use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use serde::Serialize;
 
 use crate::failure::Failure;
@@ -31,27 +31,33 @@ impl Output {
 }
 
 /// A table as wide as its content, its first column to the left and all others to the right.
-pub fn table<const COLUMNS: usize>(header: [&str; COLUMNS], rows: impl IntoIterator<Item = [String; COLUMNS]>) -> Table {
+pub fn table<const COLUMNS: usize>(
+    header: [&str; COLUMNS],
+    rows: impl IntoIterator<Item = [String; COLUMNS]>,
+) -> String {
     let mut table = bare(header, rows);
     table.column_iter_mut().skip(1).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
-    table
+    table.trim_fmt() + "\n"
 }
 
 /// A table of text, all columns to the left, folded to fit the terminal.
 pub fn text_table<const COLUMNS: usize>(
     header: [&str; COLUMNS],
     rows: impl IntoIterator<Item = [String; COLUMNS]>,
-) -> Table {
+) -> String {
     let mut table = bare(header, rows);
     table.set_content_arrangement(ContentArrangement::Dynamic).set_width(TEXT_WIDTH);
-    table
+    table.trim_fmt() + "\n"
 }
 
 /// Fits most terminals; comments fold.
 const TEXT_WIDTH: u16 = 120;
 
+/// A line under the header, and nothing else that a reader would have to look past.
+const STYLE: TableStyle = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+
 fn bare<const COLUMNS: usize>(header: [&str; COLUMNS], rows: impl IntoIterator<Item = [String; COLUMNS]>) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(header).add_rows(rows);
+    table.load_style(STYLE).set_header(header).add_rows(rows);
     table
 }

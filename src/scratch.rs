@@ -34,7 +34,9 @@ impl Scratch {
         for place in places {
             match Self::at(&place, prefix) {
                 Ok(scratch) if scratch.free_bytes >= needed_bytes => made.push(scratch),
-                Ok(scratch) => refused.push(format!("{} has {} free", place.display(), units::bytes(scratch.free_bytes))),
+                Ok(scratch) => {
+                    refused.push(format!("{} has {} free", place.display(), units::bytes(scratch.free_bytes)))
+                }
                 Err(error) => refused.push(format!("{}: {error}", place.display())),
             }
         }
@@ -63,7 +65,9 @@ impl Scratch {
     /// Removes it now, and says when that fails.
     pub fn remove(self) -> Result<(), Failure> {
         let shown = self.folder.path().display().to_string();
-        self.folder.close().map_err(Failure::of(format_args!("cannot remove the temporary folder {shown}; remove it by hand")))
+        self.folder
+            .close()
+            .map_err(Failure::of(format_args!("cannot remove the temporary folder {shown}; remove it by hand")))
     }
 
     fn at(place: &Path, prefix: &str) -> std::io::Result<Self> {

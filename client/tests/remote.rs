@@ -84,7 +84,11 @@ async fn put(client: &Remote, keys: &[BlockKey], payloads: &[Bytes]) -> Vec<PutO
 
 /// A daemon with three blocks, a client, and their keys.
 async fn with_three_blocks() -> (World, Remote, Vec<BlockKey>, Vec<Bytes>) {
-    let world = World::new();
+    with_three_blocks_in(Node::new()).await
+}
+
+async fn with_three_blocks_in(node: Node) -> (World, Remote, Vec<BlockKey>, Vec<Bytes>) {
+    let world = World::of(node);
     let client = world.client().await;
     let (keys, payloads) = blocks(&client, 3);
     assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 3]);
@@ -125,6 +129,10 @@ async fn whom_nobody_answers_is_told_what_to_do() {
         let error = Remote::attach(daemon.target.clone(), token, attach()).await.unwrap_err();
         assert!(matches!(error, AttachError::Refused(_)), "{error}");
     }
+    node.set(Trouble::OtherRoot);
+    let error = Remote::attach(daemon.target.clone(), Some("right".into()), attach()).await.unwrap_err();
+    assert!(matches!(error, AttachError::RootsDiffer { .. }), "{error}");
+    node.set(Trouble::None);
     let mut impossible = attach();
     impossible.namespace.model.clear();
     let error = Remote::attach(daemon.target.clone(), Some("right".into()), impossible).await.unwrap_err();
@@ -269,9 +277,10 @@ async fn a_stream_that_breaks_off_leaves_what_came_whole() {
 
 #[tokio::test]
 async fn a_daemon_that_hangs_is_waited_for_until_the_deadline() {
-    let (world, client, keys, payloads) = with_three_blocks().await;
+    let (world, client, keys, payloads) = with_three_blocks_in(Node { keys_max: 1, ..Node::new() }).await;
     let client = client.with_deadline(Duration::from_millis(200));
     world.node.set(Trouble::Hang);
+    // Three requests each, of which only the first is waited for.
     let start = Instant::now();
     let (found, got, outcomes, durable) = tokio::join!(
         client.lookup(&keys),
@@ -308,6 +317,32 @@ async fn nonsense_from_a_daemon_is_no_panic() {
 }
 
 #[tokio::test]
+async fn a_header_is_kept_within_the_largest_message() {
+    let node = Node { request_bytes_max: 16 << 10, chunk_bytes_max: 4 << 10, ..Node::new() };
+    let world = World::of(node);
+    let namespace = Namespace::text("many tokens", "bf16", 256);
+    let attach = Attach { namespace, layout: BlockLayout::opaque(64), ..attach() };
+    let client = Remote::attach(Target::Unix(world.socket()), None, attach).await.unwrap();
+    let tokens: Vec<u32> = (0..256 * 40).map(|token| u32::MAX - token).collect();
+    let (keys, parent) = (client.terms().chain(&tokens), client.terms().root);
+    let payloads = vec![Bytes::from(vec![1; 64]); keys.len()];
+    let shard = Shard::WHOLE;
+    let outcomes = client.put(Put { parent, keys: &keys, shard, payloads: &payloads, tokens: &tokens }).await;
+    assert_eq!(outcomes, vec![PutOutcome::Stored; 40]);
+}
+
+#[tokio::test]
+async fn a_run_larger_than_the_daemon_holds_goes_in_pieces() {
+    let world = World::new();
+    let attach = Attach { layout: BlockLayout::opaque(10 << 20), ..attach() };
+    let client = Remote::attach(Target::Unix(world.socket()), None, attach).await.unwrap();
+    let keys = client.terms().chain(&(0..32).collect::<Vec<u32>>());
+    let payloads = vec![Bytes::from(vec![3; 10 << 20]); 8];
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 8]);
+    assert_eq!(world.node.puts.load(Ordering::Relaxed), 3, "80 MiB, at most 32 MiB at once");
+}
+
+#[tokio::test]
 async fn a_lost_event_ends_the_watch() {
     let (world, client, keys, _) = with_three_blocks().await;
     let mut watch = client.watch(None).await;
@@ -334,6 +369,24 @@ async fn a_watch_ends_with_its_daemon() {
     while !matches!(watch.next().await, Some(WatchItem::Synced(_))) {}
     world.kill();
     assert_eq!(tokio::time::timeout(AT_ONCE, watch.next()).await, Ok(None));
+}
+
+#[tokio::test]
+async fn a_daemon_that_stands_still_is_found_out() {
+    let (world, client, keys, _) = with_three_blocks().await;
+    let mut watch = client.watch(None).await;
+    while !matches!(watch.next().await, Some(WatchItem::Synced(_))) {}
+    world.node.set(Trouble::Freeze);
+    let start = Instant::now();
+    let stuck = client.clone();
+    let (_, ended) = tokio::join!(stuck.lookup(&keys), watch.next());
+    assert_eq!(ended, None);
+    assert!(start.elapsed() < Duration::from_secs(12), "{:?}", start.elapsed());
+    // From now on nobody waits, though the socket still accepts.
+    sleep(Duration::from_millis(600)).await;
+    let start = Instant::now();
+    assert_eq!(client.get(&keys, Shard::WHOLE).await.end, GetEnd::Unavailable);
+    assert!(start.elapsed() < Duration::from_millis(700), "{:?}", start.elapsed());
 }
 
 #[tokio::test]

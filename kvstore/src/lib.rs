@@ -12,12 +12,24 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod admission;
+mod clock;
 pub mod completion;
+pub mod config;
 pub mod device;
+mod doctor;
+mod driver;
 pub mod index;
 pub mod limits;
 pub mod pipeline;
 pub mod request;
+mod serve;
 pub mod simulate;
+mod size;
+mod telemetry;
 pub mod tier;
 pub mod transfer;
+
+pub use config::{Config, ConfigError, Overrides, default_socket};
+pub use doctor::{Finding, Verdict, doctor};
+pub use serve::{StartError, serve};
+pub use size::{Size, SizeError};

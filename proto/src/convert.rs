@@ -215,3 +215,6 @@ impl From<Shard> for wire::Shard {
         Self { index: shard.index.into(), count: shard.count.into() }
     }
 }
+
+#[cfg(test)]
+mod tests;

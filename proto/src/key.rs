@@ -1,7 +1,8 @@
 //! Identity: namespaces, and the chain of block keys rooted in them.
 //!
 //! ```text
-//! salt(tenant)  = BLAKE3 derive_key("tender.v1 tenant salt",  secret || name)          32 bytes; public: 32 zero bytes
+//! salt(tenant)  = BLAKE3 derive_key("tender.v1 tenant salt",  length of secret as u64 LE || secret || name)
+//!                                                             32 bytes; public: 32 zero bytes
 //! root          = BLAKE3 derive_key("tender.v1 namespace",    salt || field || field …) field = u32 LE length || bytes
 //! key(block i)  = BLAKE3 keyed_hash(key = key(block i-1) or root,  tokens as u32 LE || extra)
 //! ```
@@ -246,3 +247,6 @@ pub fn trace_tokens(scope: &str, hash_id: u64, block_tokens: u32) -> Vec<u32> {
         .map(|j| (crate::sum::mix(seed.wrapping_add(j.wrapping_mul(crate::sum::GOLDEN))) >> 32) as u32)
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

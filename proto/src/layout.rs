@@ -311,3 +311,6 @@ impl ReuseRule {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

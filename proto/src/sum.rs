@@ -141,3 +141,6 @@ fn accumulate_avx2(bytes: &[u8]) -> (u64, u64) {
 fn accumulate(bytes: &[u8]) -> (u64, u64) {
     accumulate_lanes(bytes)
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use tender_client::proto::BlockLayout;
-use tender_client::{Attach, Remote};
+use tender_client::proto::{BlockLayout, Shard};
+use tender_client::{Attach, BlockStore as _, GetEnd, Remote};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -35,11 +35,12 @@ const HOST_BYTES: u64 = 256 << 20;
 const DISK_BYTES: u64 = 2 << 30;
 /// Room for blocks, directory pages and the log.
 const FREE_BYTES_NEEDED: u64 = DISK_BYTES + (256 << 20);
-const BLOCK_BYTES: u64 = 32 << 10;
+const BLOCK_BYTES: u64 = 64 << 10;
 /// Requests at once: enough to overlap the daemon's work with ours on two processors.
 const REQUESTS_AT_ONCE: usize = 4;
 /// Each half ends by then on a slow machine, done or not: with two starts and a stop the whole stays below 45 s.
 const HALF_TIME_MAX: Duration = Duration::from_secs(13);
+const RECONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 
 /// Runs a generated agent workload through a temporary daemon, restarts it halfway, and compares every byte.
 #[derive(Args, Debug)]
@@ -104,6 +105,7 @@ impl Demo {
         let before = while_alive(&mut daemon, half(&server, &mut sessions, |left| left / 2)).await?;
         let stopping = Instant::now();
         daemon.restart().await?;
+        while_alive(&mut daemon, reconnected(server.store())).await??;
         let stopped = stopping.elapsed();
         eprintln!("the daemon was stopped and started again in {}", units::duration(stopped));
         let after = while_alive(&mut daemon, half(&server, &mut sessions, |_| 0)).await?;
@@ -135,8 +137,11 @@ impl Demo {
             }));
         }
         let (tokens, hits, wrong) = (units::count(total.tokens_saved), total.hit_percent(), total.wrong_bytes);
-        self.output.line(format_args!("{tokens} prompt tokens not recomputed, {hits:.1} % hits, {wrong} wrong bytes"))?;
-        self.output.line("(the sessions and their tokens are generated; the bytes went through the store and were all compared)")?;
+        self.output
+            .line(format_args!("{tokens} prompt tokens not recomputed, {hits:.1} % hits, {wrong} wrong bytes"))?;
+        self.output.line(
+            "(the sessions and their tokens are generated; the bytes went through the store and were all compared)",
+        )?;
         let row = |name: &str, report: &Report| {
             let (tally, rate) = (&report.tally, |bytes| format!("{:.2}", units::gb_per_s(bytes, report.time)));
             [
@@ -153,7 +158,8 @@ impl Demo {
         let header = ["blocks", "asked for", "from host", "from disk", "missed", "got GB/s", "put GB/s", "time"];
         self.output.line(table(header, [row("before the restart", before), row("after the restart", after)]))?;
         let (host, disk, block) = (units::bytes(HOST_BYTES), units::bytes(DISK_BYTES), units::bytes(BLOCK_BYTES));
-        self.output.line(format_args!("host tier {host}, disk tier {disk} on {file_system}, blocks of {block}; O_DIRECT: {direct}"))?;
+        self.output
+            .line(format_args!("host tier {host}, disk tier {disk} on {file_system}, blocks of {block}; {direct}"))?;
         if *left > 0 {
             self.output.line(format_args!("{left} requests were left out to end in time"))?;
         }
@@ -172,12 +178,24 @@ async fn attach(connection: &Connection, workload: &Workload) -> Result<Server<R
     Ok(Server::new(connection.attach_as(attach).await?, generation))
 }
 
-/// What the daemon says of O_DIRECT in its folder; where it says nothing, what opening a file there showed.
+/// What the daemon says of its folder and O_DIRECT; where it says nothing, what opening a file there showed.
 async fn direct_finding(connection: &Connection, scratch: &Scratch) -> Result<String, Failure> {
     let status = connection.operator().await?.status().await?;
-    let finding = status.findings.into_iter().find(|finding| finding.what.to_ascii_uppercase().contains("O_DIRECT"));
-    let ours = if scratch.direct { "works here" } else { "does not work here" };
-    Ok(finding.map_or_else(|| ours.to_owned(), |finding| finding.found))
+    let told = status.findings.into_iter().find(|finding| finding.found.contains("O_DIRECT"));
+    let ours = if scratch.direct { "O_DIRECT works" } else { "O_DIRECT refused" };
+    Ok(told.map_or_else(|| ours.to_owned(), |finding| finding.found))
+}
+
+/// Waits until the client, which attaches again by itself, gets answers: until then all it says is that nobody is there.
+async fn reconnected(store: &Remote) -> Result<(), Failure> {
+    let began = Instant::now();
+    while store.get(&[store.terms().root], Shard::WHOLE).await.end == GetEnd::Unavailable {
+        if began.elapsed() > RECONNECT_TIME_MAX {
+            return Err(Failure::message("the client did not find the restarted daemon again"));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
 }
 
 /// What a future gives, unless the daemon dies meanwhile.

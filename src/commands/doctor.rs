@@ -36,7 +36,9 @@ impl Doctor {
     pub async fn run(self) -> Result<(), Failure> {
         let Self { config, settings, output } = self;
         let overrides = settings.overrides();
-        let connection = Connection { socket: overrides.socket.clone(), ..Connection::default() };
+        let config = Config::load(config.as_deref(), &overrides).map_err(Failure::message)?;
+        let token_file = overrides.token_file.or_else(|| std::env::var_os("TENDER_TOKEN_FILE").map(PathBuf::from));
+        let connection = Connection { socket: Some(config.socket.clone()), address: None, token_file };
         let running = match connection.operator().await {
             Ok(operator) => Some(operator.status().await?),
             Err(_) => None,
@@ -47,7 +49,6 @@ impl Doctor {
                 (origin, status.findings.into_iter().map(Finding::from).collect::<Vec<_>>())
             }
             None => {
-                let config = Config::load(config.as_deref(), &overrides).map_err(Failure::message)?;
                 let findings = tender_kvstore::doctor(&config).into_iter().map(Finding::from).collect();
                 ("no daemon is running; as a daemon started now would find it".to_owned(), findings)
             }

@@ -26,7 +26,7 @@ pub struct Get {
     #[command(flatten)]
     tokens: TokensArgs,
     /// File to write the blocks' bytes to, one after the other; `-` for standard output
-    #[arg(short, long = "output", value_name = "FILE|-")]
+    #[arg(short = 'o', long = "output", value_name = "FILE|-")]
     file: Option<PathBuf>,
     #[command(flatten)]
     connection: Connection,
@@ -73,7 +73,8 @@ impl Get {
             None => Ok(None),
             Some(_) if self.is_standard_output() => Ok(Some(Box::new(io::stdout()))),
             Some(file) => {
-                let created = File::create(file).map_err(Failure::of(format_args!("cannot write {}", file.display())))?;
+                let created =
+                    File::create(file).map_err(Failure::of(format_args!("cannot write {}", file.display())))?;
                 Ok(Some(Box::new(created)))
             }
         }
@@ -81,14 +82,21 @@ impl Get {
 
     fn unwritten(&self, error: io::Error) -> Failure {
         match &self.file {
-            Some(file) if !self.is_standard_output() => Failure::of(format_args!("cannot write {}", file.display()))(error),
+            Some(file) if !self.is_standard_output() => {
+                Failure::of(format_args!("cannot write {}", file.display()))(error)
+            }
             _ => Failure::of_output(error),
         }
     }
 
     fn show(&self, blocks: usize, found: &[Tier], end: GetEnd) -> Result<(), Failure> {
         let of = |tier: Tier| found.iter().filter(|found| **found == tier).count() as u64;
-        let tiers = [("host", of(Tier::Host)), ("disk", of(Tier::Disk)), ("peer", of(Tier::Peer)), ("object", of(Tier::Object))];
+        let tiers = [
+            ("host", of(Tier::Host)),
+            ("disk", of(Tier::Disk)),
+            ("peer", of(Tier::Peer)),
+            ("object", of(Tier::Object)),
+        ];
         let end = match end {
             GetEnd::Complete => "complete",
             GetEnd::Miss => "miss",

@@ -43,7 +43,8 @@ impl Purge {
             }))?;
         } else {
             let rows = [("forgotten", purged.purged_blocks), ("of these, still in use", purged.busy_blocks)];
-            self.output.line(table(["", "blocks"], rows.map(|(name, blocks)| [name.to_owned(), units::count(blocks)])))?;
+            self.output
+                .line(table(["", "blocks"], rows.map(|(name, blocks)| [name.to_owned(), units::count(blocks)])))?;
         }
         if purged.complete {
             return Ok(());

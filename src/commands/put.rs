@@ -101,14 +101,16 @@ impl Put {
             (PutOutcome::Shed, "shed"),
             (PutOutcome::Unavailable, "unavailable"),
         ];
-        let counts = names.map(|(what, name)| (name, outcomes.iter().filter(|outcome| **outcome == what).count() as u64));
+        let counts =
+            names.map(|(what, name)| (name, outcomes.iter().filter(|outcome| **outcome == what).count() as u64));
         if self.output.json {
             let mut row = Map::from_iter([("blocks".to_owned(), Value::from(outcomes.len()))]);
             row.extend(counts.map(|(name, blocks)| (format!("{name}_blocks"), blocks.into())));
             return self.output.object(&row);
         }
         let rows = counts.into_iter().filter(|(_, blocks)| *blocks > 0);
-        self.output.line(table(["put", "blocks"], rows.map(|(name, blocks)| [name.replace('_', " "), units::count(blocks)])))
+        self.output
+            .line(table(["put", "blocks"], rows.map(|(name, blocks)| [name.replace('_', " "), units::count(blocks)])))
     }
 }
 

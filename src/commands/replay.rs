@@ -95,10 +95,14 @@ impl Replay {
         let trace = Trace::open(&self.trace)?;
         let (limit, skip_broken) = (self.limit.unwrap_or(u64::MAX), self.skip_broken);
         let read = trace.clone();
-        let survey = tokio::task::spawn_blocking(move || survey(&read, limit, skip_broken)).await.map_err(Failure::message)??;
+        let survey = tokio::task::spawn_blocking(move || survey(&read, limit, skip_broken))
+            .await
+            .map_err(Failure::message)??;
         if survey.requests == 0 {
             let (path, skipped) = (self.trace.display(), survey.skipped);
-            return Err(Failure::message(format_args!("{path} holds no request that can be replayed ({skipped} broken left out)")));
+            return Err(Failure::message(format_args!(
+                "{path} holds no request that can be replayed ({skipped} broken left out)"
+            )));
         }
         let generation = match self.generation {
             Some(generation) => generation,

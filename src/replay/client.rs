@@ -25,7 +25,8 @@ pub async fn run() -> Result<(), Failure> {
     thread::spawn(move || stdin().lock().lines().map_while(Result::ok).try_for_each(|line| hear.blocking_send(line)));
     let mut worker = None;
     while let Some(line) = heard.recv().await {
-        let job: ToClient = serde_json::from_str(&line).map_err(|error| Failure::message(format_args!("no job: {error}")))?;
+        let job: ToClient =
+            serde_json::from_str(&line).map_err(|error| Failure::message(format_args!("no job: {error}")))?;
         match (job, &worker) {
             (ToClient::Setup(setup), _) => match Worker::new(setup).await {
                 Ok(attached) => {

@@ -80,7 +80,8 @@ async fn listen(client: usize, mut child: Child, tell: mpsc::Sender<(usize, Hear
     if let Some(output) = child.stdout.take() {
         let mut lines = BufReader::new(output).lines();
         while let Ok(Some(line)) = lines.next_line().await {
-            let heard = serde_json::from_str(&line).map_err(|error| format!("it said something else than an answer: {error}"));
+            let heard =
+                serde_json::from_str(&line).map_err(|error| format!("it said something else than an answer: {error}"));
             if tell.send((client, heard)).await.is_err() {
                 return;
             }

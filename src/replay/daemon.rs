@@ -19,6 +19,8 @@ use crate::lifeline::ask_to_end;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// A daemon that has not stopped by then is killed: its data is thrown away, or found again by recovery.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
+/// A killed process is gone as soon as its memory is freed and its I/O is done.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is shown of a daemon's last words.
 const LAST_WORDS_BYTES: i64 = 2_000;
 /// Longest path that a Unix socket can have.
@@ -54,7 +56,8 @@ impl DaemonPlan {
     fn write(&self, config_file: &Path, socket: &Path) -> Result<Vec<Option<PathBuf>>, Failure> {
         let quoted = |path: &Path| serde_json::Value::from(path.to_string_lossy()).to_string();
         let data = self.folder.join("data");
-        std::fs::create_dir_all(&data).map_err(Failure::of(format_args!("cannot make the folder {}", data.display())))?;
+        std::fs::create_dir_all(&data)
+            .map_err(Failure::of(format_args!("cannot make the folder {}", data.display())))?;
         let (host, disk) = (self.host_bytes, self.disk_bytes);
         let mut toml =
             format!("socket = {}\ndir = {}\nhost = \"{host}\"\ndisk = \"{disk}\"\n", quoted(socket), quoted(&data));
@@ -166,6 +169,17 @@ impl Daemon {
         match (read, words.trim()) {
             (Ok(_), "") | (Err(_), _) => Failure::message(format_args!("{what} and left no word why")),
             (Ok(_), words) => Failure::message(format_args!("{what}; its last words:\n{words}")),
+        }
+    }
+}
+
+/// However the replay ends, its daemon is gone before its folder is removed.
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let Ok(()) = self.child.start_kill() else { return };
+        let began = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && began.elapsed() < KILL_TIMEOUT {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 }

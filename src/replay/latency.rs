@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn every_duration_has_a_class_near_it() {
         for micros in [0, 1, 31, 32, 33, 63, 64, 65, 1000, 123_456_789, u64::MAX / 2, u64::MAX] {
-            let near = middle(class(micros)) as f64;
+            let near = middle(class(micros) as u64) as f64;
             assert!((near - micros as f64).abs() <= micros as f64 * 0.02, "{micros}: {near}");
         }
     }

@@ -30,7 +30,9 @@ impl Progress {
         let bar = stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(requests);
             // A template that does not parse leaves the default style, which shows the same numbers.
-            if let Ok(style) = ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} requests  {msg}  {eta} left") {
+            if let Ok(style) =
+                ProgressStyle::with_template("{bar:30} {human_pos}/{human_len} requests  {msg}  {eta} left")
+            {
                 bar.set_style(style);
             }
             bar.enable_steady_tick(Duration::from_millis(250));

@@ -79,8 +79,9 @@ impl Report {
             ("object", tally.hit_blocks_object),
         ];
         let tiers = found.into_iter().filter(|(name, blocks)| *blocks > 0 || matches!(*name, "host" | "disk"));
-        let ends = [("miss", tally.miss_blocks), ("wrong", tally.wrong_blocks), ("asked for", tally.blocks)];
-        output.line(table(["found in", "blocks", "share"], tiers.chain(ends).map(|(name, blocks)| row(name, blocks))))?;
+        let ends = [("nowhere", tally.miss_blocks), ("(wrong bytes)", tally.wrong_blocks), ("asked for", tally.blocks)];
+        output
+            .line(table(["found in", "blocks", "share"], tiers.chain(ends).map(|(name, blocks)| row(name, blocks))))?;
 
         let outcomes = [
             ("stored", tally.put_stored_blocks),
@@ -94,7 +95,8 @@ impl Report {
             ("not offered after one of these", tally.put_unsent_blocks),
         ];
         let outcomes = outcomes.into_iter().filter(|(name, blocks)| *blocks > 0 || *name == "stored");
-        output.line(table(["put", "blocks"], outcomes.map(|(name, blocks)| [name.to_owned(), units::count(blocks)])))?;
+        output
+            .line(table(["put", "blocks"], outcomes.map(|(name, blocks)| [name.to_owned(), units::count(blocks)])))?;
 
         let rate = |bytes| format!("{:.2} GB/s", units::gb_per_s(bytes, self.time));
         let quantile = |share| self.get_latencies.quantile_us(share).map_or("-".to_owned(), units::micros);
@@ -119,6 +121,6 @@ impl Report {
         ];
         let unusual = unusual.into_iter().filter(|(_, number)| *number > 0);
         numbers.extend(unusual.map(|(name, number)| [name.to_owned(), units::count(number)]));
-        output.line(table(["", ""], numbers))
+        output.line(table(["in all", ""], numbers))
     }
 }

@@ -153,3 +153,70 @@ pub fn tier_name(tier: Tier) -> &'static str {
         Tier::Object => "object",
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tender_client::proto::{BlockLayout, Namespace};
+    use tender_client::{Attach, InMemory};
+
+    use super::*;
+
+    const BLOCK_BYTES: u64 = 4096;
+
+    fn store() -> InMemory {
+        InMemory::new(Attach {
+            group: "test".to_owned(),
+            member: String::new(),
+            namespace: Namespace::text("model", "u8", 16),
+            layout: BlockLayout::opaque(BLOCK_BYTES),
+        })
+    }
+
+    fn chain(store: &InMemory, blocks: u32) -> Vec<BlockKey> {
+        store.terms().chain(&(0..blocks * 16).collect::<Vec<_>>())
+    }
+
+    #[tokio::test]
+    async fn what_is_missing_is_put_and_found_by_the_next_request() {
+        let server = Server::new(store(), 1);
+        let keys = chain(server.store(), 10);
+        let first = server.serve(&keys[..6], 6 * 16).await.tally;
+        assert_eq!((first.blocks, first.hit_blocks(), first.miss_blocks, first.put_stored_blocks), (6, 0, 6, 6));
+        let second = server.serve(&keys, 10 * 16 + 3).await.tally;
+        assert_eq!((second.hit_blocks_host, second.miss_blocks, second.put_stored_blocks), (6, 4, 4));
+        assert_eq!((second.tokens_saved, second.got_bytes), (96, 6 * BLOCK_BYTES));
+        let third = server.serve(&keys, 150).await.tally;
+        assert_eq!((third.hit_blocks(), third.tokens_saved, third.wrong_blocks), (10, 150, 0));
+    }
+
+    #[tokio::test]
+    async fn a_prompt_larger_than_a_window_goes_in_several() {
+        let server = Server { window_blocks: 4, ..Server::new(store(), 1) };
+        let keys = chain(server.store(), 11);
+        assert_eq!(server.serve(&keys, 176).await.tally.put_stored_blocks, 11);
+        assert_eq!(server.serve(&keys, 176).await.tally.hit_blocks(), 11);
+    }
+
+    #[tokio::test]
+    async fn wrong_bytes_are_found_counted_and_never_taken_for_hits() {
+        let store = store();
+        let keys = chain(&store, 5);
+        let other = Server::new(store.clone(), 2);
+        other.serve(&keys[..3], 48).await;
+        let served = Server::new(store, 1).serve(&keys, 80).await;
+        let tally = served.tally;
+        assert_eq!((tally.hit_blocks(), tally.miss_blocks, tally.wrong_blocks, tally.tokens_saved), (0, 5, 3, 0));
+        assert!((2 * BLOCK_BYTES..=3 * BLOCK_BYTES).contains(&tally.wrong_bytes), "{}", tally.wrong_bytes);
+        assert_eq!(served.wrong.len(), 3);
+        assert!(served.wrong[0].contains(&keys[0].to_string()), "{}", served.wrong[0]);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_offered_after_a_block_that_nobody_took() {
+        let attach = store().terms().attach.clone();
+        let server = Server { window_blocks: 2, ..Server::new(InMemory::with_capacity(attach, 0), 1) };
+        let keys = chain(server.store(), 6);
+        let tally = server.serve(&keys, 96).await.tally;
+        assert_eq!((tally.put_stored_blocks, tally.put_no_room_blocks, tally.put_unsent_blocks), (0, 2, 4));
+    }
+}

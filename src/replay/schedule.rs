@@ -34,10 +34,9 @@ impl FromStr for Speed {
             _ => {}
         }
         let factor = text.strip_suffix('x').and_then(|number| number.parse::<f64>().ok());
-        factor
-            .filter(|factor| (0.001..=1e6).contains(factor))
-            .map(Self::Times)
-            .ok_or_else(|| format!("`{text}` is no speed; `true`, `max` or a factor such as `10x` (0.001x to 1000000x) is"))
+        factor.filter(|factor| (0.001..=1e6).contains(factor)).map(Self::Times).ok_or_else(|| {
+            format!("`{text}` is no speed; `true`, `max` or a factor such as `10x` (0.001x to 1000000x) is")
+        })
     }
 }
 
@@ -135,7 +134,8 @@ impl Survey {
     ) -> Result<(), TraceError> {
         if self.block_tokens != 0 && self.block_tokens != session.block_tokens {
             let (ours, others) = (session.block_tokens, self.block_tokens);
-            let what = format!("field `block_size` is {ours}, but {others} in the sessions before; replay them one by one");
+            let what =
+                format!("field `block_size` is {ours}, but {others} in the sessions before; replay them one by one");
             return Err(TraceError::whole(file, what));
         }
         self.block_tokens = session.block_tokens;
@@ -200,7 +200,8 @@ impl Pacing {
             .iter()
             .enumerate()
             .map(|(i, SurveyedSession { file, requests, .. })| {
-                let share = (mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(i as u64 + 1))) >> 11) as f64 / (1u64 << 53) as f64;
+                let share =
+                    (mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(i as u64 + 1))) >> 11) as f64 / (1u64 << 53) as f64;
                 let (tenant, pace) = (i % self.tenants, self.speed.pace());
                 let job = SessionJob { tenant, file: file.clone(), requests_max: *requests, pace };
                 (self.speed.scale(window_ms * share), ToClient::Session(job))
@@ -221,7 +222,8 @@ impl Pacing {
     /// How long the replay takes if the store keeps up; nothing is known of `max`.
     pub fn length(self, survey: &Survey) -> Option<Duration> {
         self.speed.pace()?;
-        let window_ms = survey.length_ms as f64 / if survey.sessions.is_empty() { 1.0 } else { self.concurrency as f64 };
+        let window_ms =
+            survey.length_ms as f64 / if survey.sessions.is_empty() { 1.0 } else { self.concurrency as f64 };
         let longest = survey.sessions.iter().map(|session| session.length_ms).max().unwrap_or_default();
         Some(self.speed.scale(window_ms + longest as f64))
     }

@@ -41,7 +41,7 @@ impl Default for Workload {
     fn default() -> Self {
         Self {
             seed: 1,
-            sessions: 16,
+            sessions: 24,
             agent_kinds: 3,
             block_tokens: 16,
             turns: (2, 4),
@@ -138,8 +138,7 @@ impl Making<'_> {
             if self.numbers.happens(self.workload.compactions_permille) {
                 context.chain.truncate(prompt_blocks);
                 context.kept_blocks = context.kept_blocks.min(prompt_blocks);
-                context.tokens =
-                    prompt_blocks as u64 * self.block_tokens() + self.numbers.within(SUMMARY_TOKENS);
+                context.tokens = prompt_blocks as u64 * self.block_tokens() + self.numbers.within(SUMMARY_TOKENS);
             }
         }
     }

@@ -66,7 +66,8 @@ pub enum Trace {
 impl Trace {
     /// Finds out what lies at a path: a file of either kind, or a folder of sessions.
     pub fn open(path: &Path) -> Result<Self, TraceError> {
-        let unreadable = |error| TraceError::whole(path, format!("cannot be read ({error}); name a trace file or folder"));
+        let unreadable =
+            |error| TraceError::whole(path, format!("cannot be read ({error}); name a trace file or folder"));
         if !path.metadata().map_err(unreadable)?.is_dir() {
             return match kind(path)? {
                 Kind::Mooncake => Ok(Self::Mooncake(path.to_owned())),
@@ -110,7 +111,10 @@ fn kind(path: &Path) -> Result<Kind, TraceError> {
     file.by_ref().take(8).read_to_end(&mut head).map_err(unreadable)?;
     if let Some((_, name, cure)) = COMPRESSIONS.iter().find(|(magic, ..)| head.starts_with(magic)) {
         let path_shown = path.display();
-        return Err(TraceError::whole(path, format!("is compressed with {name}; unpack it first: {cure} {path_shown}")));
+        return Err(TraceError::whole(
+            path,
+            format!("is compressed with {name}; unpack it first: {cure} {path_shown}"),
+        ));
     }
     file.rewind().map_err(unreadable)?;
     let found = Cell::new(None);

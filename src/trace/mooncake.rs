@@ -59,7 +59,9 @@ impl Requests {
                 return Ok(None);
             }
             if length as u64 == LINE_BYTES_MAX && !self.text.ends_with(b"\n") {
-                return Err(self.error(format!("is longer than {LINE_BYTES_MAX} bytes; is this a Mooncake trace?"), false));
+                return Err(
+                    self.error(format!("is longer than {LINE_BYTES_MAX} bytes; is this a Mooncake trace?"), false)
+                );
             }
             if !self.text.trim_ascii().is_empty() {
                 return self.parse().map(Some);
@@ -68,11 +70,12 @@ impl Requests {
     }
 
     fn parse(&self) -> Result<Request, TraceError> {
-        match serde_json::from_slice::<Request>(&self.text) {
+        let text = self.text.trim_ascii();
+        match serde_json::from_slice::<Request>(text) {
             Ok(request) if is_time(request.timestamp) => Ok(request),
             parsed => {
-                let fault = serde_json::from_slice(&self.text).ok().and_then(|object| fault(&object, &FIELDS));
-                let reason = parsed.err().map(|error| error.to_string()).unwrap_or_default();
+                let fault = serde_json::from_slice(text).ok().and_then(|object| fault(&object, &FIELDS));
+                let reason = parsed.err().map(|error| error.to_string().replace(" line 1 ", " ")).unwrap_or_default();
                 let what = fault.unwrap_or_else(|| format!("no Mooncake request: {reason}"));
                 Err(self.error(format!("{what}; correct the line, or leave such lines out with --skip-broken"), true))
             }

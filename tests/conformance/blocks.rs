@@ -134,7 +134,7 @@ pub async fn no_keys_are_a_question_too<S: BlockStore>(make: &impl AsyncFn(Attac
 }
 
 pub async fn long_chains_are_asked_in_pieces<S: BlockStore>(make: &impl AsyncFn(Attach) -> S, keeps: bool) {
-    let store = make(attach(small())).await;
+    let store = make(attach(BlockLayout::opaque(16))).await;
     let blocks = store.terms().keys_max.saturating_add(5).min(LONG_CHAIN_BLOCKS_MAX);
     let whole = Chain::new(&store, 11, blocks);
     let tail = Chain {

@@ -26,7 +26,8 @@ const PROMISE_DEADLINE: Duration = Duration::from_secs(60);
 pub async fn suite<S: BlockStore>(make: impl AsyncFn(Attach) -> S, keeps: bool) {
     macro_rules! promises {
         ($($file:ident::$promise:ident)*) => {$(
-            within(stringify!($promise), $file::$promise(&make, keeps)).await;
+            // Boxed: all of them in one future are more than a test thread's stack holds.
+            within(stringify!($promise), Box::pin($file::$promise(&make, keeps))).await;
         )*};
     }
     promises! {
@@ -70,14 +71,14 @@ async fn within(promise: &str, check: impl Future<Output = ()>) {
 /// Tokens per block of every namespace here.
 const BLOCK_TOKENS: u32 = 4;
 
-/// An attach under a namespace that nobody else has.
+/// An attach under a namespace that nobody else has, in a group of its own: members of one group agree on their namespace.
 fn attach(layout: BlockLayout) -> Attach {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
     let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
     let since = std::time::UNIX_EPOCH.elapsed().map_or(0, |elapsed| elapsed.as_nanos());
-    let model = format!("conformance/{}-{since}-{serial}", std::process::id());
-    let namespace = Namespace::text(&model, "bf16", BLOCK_TOKENS);
-    Attach { group: "conformance".to_owned(), member: "test".to_owned(), namespace, layout }
+    let group = format!("conformance/{}-{since}-{serial}", std::process::id());
+    let namespace = Namespace::text(&group, "bf16", BLOCK_TOKENS);
+    Attach { group, member: "test".to_owned(), namespace, layout }
 }
 
 /// 8 heads, 4 KiB.

@@ -79,6 +79,11 @@ impl Blocks {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.used_bytes
+    }
+
     pub(super) fn is_present(&self, scope: &Scope, key: &BlockKey) -> bool {
         self.whole(&scope.identity(key)).is_some()
     }

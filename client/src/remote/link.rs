@@ -10,6 +10,7 @@
 
 use std::sync::{Arc, Weak};
 
+use tender_proto::key::KEY_BYTES;
 use tender_proto::wire::blocks_client::BlocksClient;
 use tender_proto::wire::{self, AttachReply};
 use tender_proto::{BlockKey, PROTOCOL_VERSION, TenantSalt};
@@ -26,8 +27,12 @@ use crate::{Attach, AttachError, Terms};
 /// What a daemon that names no limit is taken to hold.
 const MESSAGE_BYTES_DEFAULT: usize = 4 << 20;
 
-/// Replies are larger than what they carry.
+/// Messages are larger than what they carry.
 const MESSAGE_OVERHEAD_BYTES: usize = 4096;
+
+/// Bytes of one put. The daemon holds slots for 64 MiB of one put at once (`kvstore/src/limits.rs`) and has no room for what goes
+/// beyond; a slot is at most twice as large as what it holds.
+const PUT_BYTES_MAX: usize = 32 << 20;
 
 /// One attachment over one connection.
 #[derive(Debug)]
@@ -77,6 +82,13 @@ impl Link {
         BlocksClient::new(self.channel.clone())
             .max_encoding_message_size(self.request_bytes_max)
             .max_decoding_message_size(self.request_bytes_max.max(MESSAGE_BYTES_DEFAULT))
+    }
+
+    /// Keys of one put, each with its sum, its tokens (as varints of at most 5 bytes) and `shard_bytes` of payload.
+    pub(super) fn put_keys_max(&self, block_tokens: usize, shard_bytes: usize) -> usize {
+        let header_bytes = KEY_BYTES + size_of::<u64>() + 5 * block_tokens;
+        let in_header = (self.request_bytes_max - MESSAGE_OVERHEAD_BYTES) / header_bytes;
+        self.keys_max.min(in_header).min(PUT_BYTES_MAX / shard_bytes.max(1)).max(1)
     }
 
     pub(super) fn request<T>(&self, message: T) -> Request<T> {

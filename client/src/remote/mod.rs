@@ -78,10 +78,10 @@ impl Remote {
         timeout(deadline + deadline::GRACE, calls).await.unwrap_or(Err(Failure::Deadline))
     }
 
-    /// Cuts a chain to what one request may hold.
+    /// Cuts a chain to what one request may hold. The first piece that fails ends the call, so that a daemon that hangs is waited for
+    /// once and not for each piece.
     fn pieces<'a>(&self, keys: &'a [BlockKey]) -> impl Iterator<Item = &'a [BlockKey]> + Send + use<'a> {
-        let keys_max = self.links.current().map_or(self.terms.keys_max, |link| link.keys_max);
-        keys.chunks(keys_max)
+        keys.chunks(self.links.current().map_or(self.terms.keys_max, |link| link.keys_max))
     }
 
     fn block_bytes(&self, keys: &[BlockKey]) -> u64 {
@@ -158,13 +158,15 @@ impl BlockStore for Remote {
     async fn lookup(&self, keys: &[BlockKey]) -> Lookup {
         let mut found = Lookup::default();
         for piece in self.pieces(keys) {
-            let reply = self.lookup_piece(piece).await.unwrap_or_default();
+            let Ok(reply) = self.lookup_piece(piece).await else { break };
             if found.prefix_blocks == found.host.len() {
                 found.prefix_blocks += (reply.prefix_blocks as usize).min(piece.len());
             }
             found.host.extend(bits(&reply.host, piece.len()));
             found.disk.extend(bits(&reply.disk, piece.len()));
         }
+        found.host.resize(keys.len(), false);
+        found.disk.resize(keys.len(), false);
         found
     }
 
@@ -190,13 +192,15 @@ impl BlockStore for Remote {
                 last = now;
                 progress(&plus(whole, now));
             };
-            if let Err(failure) = self.prefetch_piece(piece, &mut report).await {
-                tracing::debug!("prefetch given up: {failure:?}");
-            }
-            // Whatever the daemon has not accounted for was given up.
-            last.shed_blocks = piece.len().saturating_sub(last.resident_blocks + last.missing_blocks);
+            let answer = self.prefetch_piece(piece, &mut report).await;
             whole = plus(whole, last);
+            if let Err(failure) = answer {
+                tracing::debug!("prefetch given up: {failure:?}");
+                break;
+            }
         }
+        // Whatever the daemon has not accounted for was given up.
+        whole.shed_blocks = keys.len().saturating_sub(whole.resident_blocks + whole.missing_blocks);
         progress(&whole);
         whole
     }
@@ -204,9 +208,10 @@ impl BlockStore for Remote {
     async fn durable(&self, keys: &[BlockKey]) -> Vec<bool> {
         let mut durable = Vec::with_capacity(keys.len());
         for piece in self.pieces(keys) {
-            let reply = self.durable_piece(piece).await.unwrap_or_default();
+            let Ok(reply) = self.durable_piece(piece).await else { break };
             durable.extend(bits(&reply.durable, piece.len()));
         }
+        durable.resize(keys.len(), false);
         durable
     }
 
@@ -227,6 +232,7 @@ impl BlockStore for Remote {
                 Err(failure) => {
                     tracing::warn!("purge not finished: {failure:?}");
                     purged.complete = false;
+                    break;
                 }
             }
         }

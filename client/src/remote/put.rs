@@ -36,7 +36,8 @@ impl Remote {
     pub(super) async fn put_run(&self, put: &Put<'_>) -> Vec<PutOutcome> {
         let block_tokens = if put.tokens.is_empty() { 0 } else { self.terms.attach.namespace.block_tokens as usize };
         let mut outcomes = Vec::with_capacity(put.keys.len());
-        for keys in self.pieces(put.keys) {
+        let Ok(link) = self.links.current() else { return vec![PutOutcome::Unavailable; put.keys.len()] };
+        for keys in put.keys.chunks(link.put_keys_max(block_tokens, self.terms.shard_bytes(put.shard.count))) {
             let (start, end) = (outcomes.len(), outcomes.len() + keys.len());
             let payloads = &put.payloads[start..end];
             let bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
@@ -53,7 +54,10 @@ impl Remote {
             let piece = &piece;
             match self.ask(deadline, |link| async move { piece.send(&link).await }).await {
                 Ok(came) => outcomes.extend(came),
-                Err(failure) => outcomes.extend(keys.iter().map(|_| outcome_of(failure))),
+                Err(failure) => {
+                    outcomes.resize(put.keys.len(), outcome_of(failure));
+                    break;
+                }
             }
         }
         outcomes

@@ -48,6 +48,10 @@ pub enum Trouble {
     FewOutcomes,
     /// Refuse everything.
     Overloaded,
+    /// Derive another root than everybody else.
+    OtherRoot,
+    /// Stand still as a stopped process does: connections stay open, nothing moves.
+    Freeze,
 }
 
 /// What outlives a restart of the daemon, and what tests look at.
@@ -58,6 +62,7 @@ pub struct Node {
     pub token: Option<String>,
     pub keys_max: u32,
     pub chunk_bytes_max: u64,
+    pub request_bytes_max: u64,
     /// Who is attached. Cleared by a restart.
     pub attached: Mutex<HashMap<u64, InMemory>>,
     /// Attaches, detaches and puts' headers that came.
@@ -82,6 +87,7 @@ impl Node {
             token: None,
             keys_max: 4096,
             chunk_bytes_max: 1 << 20,
+            request_bytes_max: 4 << 20,
             attached: Mutex::default(),
             attaches: AtomicU64::new(0),
             detaches: AtomicU64::new(0),

@@ -29,6 +29,8 @@ impl Door {
     async fn enter<T>(&self, request: &Request<T>) -> Result<(), Status> {
         match self.0.trouble() {
             Trouble::Hang => std::future::pending().await,
+            // The only thread of the runtime, and with it everything.
+            Trouble::Freeze => std::thread::sleep(std::time::Duration::from_secs(20)),
             Trouble::Overloaded => return Err(Status::resource_exhausted("too much to do")),
             _ => {}
         }
@@ -93,7 +95,9 @@ impl Door {
         }
         for (index, outcome) in outcomes.iter_mut().enumerate().filter(|(_, outcome)| **outcome == Wire::PutAccepted) {
             let (key, payload) = (keys[index], payloads[index].split().freeze());
-            assert_eq!(header.roots[index], payload_root(seed(&key, shard, layout.fingerprint()), &payload));
+            if let Some(root) = header.roots.get(index) {
+                assert_eq!(*root, payload_root(seed(&key, shard, layout.fingerprint()), &payload));
+            }
             let parent = index.checked_sub(1).map_or(parent, |before| keys[before]);
             let put = Put { parent, keys: &[key], shard, payloads: &[payload], tokens: &[] };
             *outcome = match store.put(put).await[0] {
@@ -205,20 +209,21 @@ impl Blocks for Door {
         let layout = convert::layout(request.layout, &namespace).map_err(wrong)?;
         let attachment = 1000 + self.0.attaches.fetch_add(1, Ordering::Relaxed);
         let salt = *self.0.salt.lock().unwrap();
-        let root = namespace.root(&salt);
+        let mut root = *namespace.root(&salt).as_bytes();
+        root[0] ^= u8::from(self.0.trouble() == Trouble::OtherRoot);
         let (group, member) = (request.group, request.member);
         let store = self.0.store.attach(Attach { group, member, namespace, layout });
         self.0.attached.lock().unwrap().insert(attachment, store);
         Ok(Response::new(wire::AttachReply {
             attachment,
             salt: salt.as_bytes().to_vec().into(),
-            root: root.as_bytes().to_vec().into(),
+            root: root.to_vec().into(),
             epoch: 1,
             tenant: "fake".into(),
             block_bytes: layout.block_bytes(),
             keys_max: self.0.keys_max,
             chunk_bytes_max: self.0.chunk_bytes_max,
-            request_bytes_max: 4 << 20,
+            request_bytes_max: self.0.request_bytes_max,
         }))
     }
 

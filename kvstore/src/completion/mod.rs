@@ -8,7 +8,7 @@ use tender_proto::BlockKey;
 use crate::index::ids::{NamespaceId, NodeId};
 use crate::limits;
 use crate::request::verb::{AcquireEnd, Leased, PrefetchReply, Request, RequestId};
-use crate::tier::disk::directory::CycleId;
+use crate::tier::disk::directory::{CycleId, PageName};
 
 /// What a request waits for.
 #[derive(Debug)]
@@ -71,9 +71,9 @@ pub struct DurableWait {
     pub namespace: NamespaceId,
     /// The blocks.
     pub keys: Vec<BlockKey>,
-    /// Write-backs that it waits for.
-    pub writing: usize,
-    /// The flush that it waits for, once the write-backs are done.
+    /// Write-backs that it waits for, and loads that tell whether what was found at start is what was written.
+    pub parts_left: usize,
+    /// The flush that it waits for, once these are done.
     pub cycle: Option<CycleId>,
 }
 
@@ -87,7 +87,7 @@ pub struct PurgeWait {
     /// Of these, in use.
     pub busy_blocks: u64,
     /// Pages that knew purged blocks.
-    pub pages: BTreeSet<(u32, u32)>,
+    pub pages: BTreeSet<PageName>,
     /// The flush that it waits for.
     pub cycle: Option<CycleId>,
     /// Flushes to go.
@@ -168,7 +168,7 @@ pub struct Load {
     pub failed: bool,
     /// The block was purged meanwhile.
     pub cancelled: bool,
-    /// Acquires (with the block's place in them) and prefetches (without).
+    /// Acquires (with the block's place in them), prefetches and durables (without).
     pub waiters: Vec<(RequestId, Option<usize>)>,
     /// Its transfers, to be moved to a faster lane.
     pub transfers: Vec<(u32, crate::transfer::TransferId)>,

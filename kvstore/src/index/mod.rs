@@ -328,10 +328,17 @@ impl Index {
         None
     }
 
-    /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed.
+    /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed. From host memory it may
+    /// always go: where its children are on disk, it is written there first ([`Index::holds_up_disk`]).
     fn may_go(&self, node: NodeId, place: Place) -> bool {
         let node = self.node(node);
-        !node.pinned && node.children[place.at()] == 0 && (node.copy(place.other()).is_some() || node.children[place.other().at()] == 0)
+        let closed = place == Place::Host || node.copy(Place::Host).is_some() || node.children[Place::Host.at()] == 0;
+        !node.pinned && node.children[place.at()] == 0 && closed
+    }
+
+    /// Whether blocks on disk would be out of reach without this one.
+    pub fn holds_up_disk(&self, node: NodeId) -> bool {
+        self.node(node).children[Place::Disk.at()] > 0
     }
 
     /// When a shelf's coldest copy was used last.

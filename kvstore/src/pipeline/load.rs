@@ -111,6 +111,7 @@ impl Core {
                 self.counters.load_bytes += bytes;
                 self.disk_mut().succeeded();
                 self.host.set_sums(host_slot, &sums);
+                self.disk_mut().verified(disk_slot);
                 self.host.tier.slab.slot_mut(host_slot).root = self.disk().tier.slab.slot(disk_slot).root;
                 false
             }
@@ -179,7 +180,10 @@ impl Core {
                     let arrived = if ok { Ok(node) } else { Err(AcquireEnd::Miss) };
                     self.acquire_arrived(request, at, arrived, actions);
                 }
-                None => self.prefetch_arrived(request, ok, actions),
+                None => {
+                    self.durable_part_ended(request);
+                    self.prefetch_arrived(request, ok, actions);
+                }
             }
         }
     }

@@ -256,7 +256,7 @@ impl Core {
                 Some(Reply::Done)
             }
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
-            Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }, actions),
+            Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }),
             Verb::Commit(attachment, filled) => Some(self.commit(tenant, attachment, &filled)),
             Verb::Abort(holds) => {
                 self.abort(&holds);

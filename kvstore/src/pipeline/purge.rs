@@ -8,7 +8,6 @@ use crate::index::events::Place;
 use crate::index::ids::{NodeId, TenantId};
 use crate::limits;
 use crate::request::verb::{AttachmentId, PurgeWhat, Reply, RequestId};
-use crate::tier::disk::directory::Directory;
 use crate::tier::slab::SlotId;
 
 impl Core {
@@ -24,7 +23,7 @@ impl Core {
         if !self.pending.has_room() {
             return Some(self.busy());
         }
-        let mut wait = PurgeWait { rounds: 2, ..PurgeWait::default() };
+        let mut wait = PurgeWait::default();
         match what {
             PurgeWhat::Namespace => wait.walk = Some((under.namespace, 0)),
             PurgeWhat::Keys(keys) => {
@@ -32,14 +31,20 @@ impl Core {
                 self.purge_nodes(nodes, &mut wait);
             }
         }
-        if wait.walk.is_none() {
-            if wait.pages.is_empty() {
-                return Some(Self::purged(&wait));
-            }
-            wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
+        if wait.walk.is_none() && !self.wait_for_directory(&mut wait) {
+            return Some(Self::purged(&wait));
         }
         self.pending.park(id, deadline_ms, Waiting::Purge(wait));
         None
+    }
+
+    /// Begins to wait for the directory; `false` if it knows nothing of what was purged. A page may still tell, on disk, of a copy that was
+    /// evicted before: so everything that changed is to be flushed. Where the blocks were until now, both copies are written.
+    fn wait_for_directory(&mut self, wait: &mut PurgeWait) -> bool {
+        let Some(disk) = self.disk.as_mut().filter(|disk| !disk.directory.is_settled()) else { return false };
+        wait.rounds = if wait.pages.is_empty() { 1 } else { 2 };
+        wait.cycle = Some(disk.directory.want());
+        true
     }
 
     fn purged(wait: &PurgeWait) -> Reply {
@@ -53,8 +58,8 @@ impl Core {
                 continue;
             }
             if let Some(first) = self.index.node(node).copy(Place::Disk) {
-                let slots = self.disk().tier.slab.chain(first);
-                wait.pages.extend(slots.map(|slot| (slot.segment(), Directory::place(slot).0)));
+                let disk = self.disk();
+                wait.pages.extend(disk.tier.slab.chain(first).map(|slot| disk.directory.name(slot)));
             }
             let present = self.index.node(node).is_present();
             let busy = self.remove_block(node);
@@ -106,13 +111,10 @@ impl Core {
             let nodes = self.index.of_namespace(namespace, from, to);
             self.purge_nodes(nodes, &mut wait);
             wait.walk = (to < self.index.end()).then_some((namespace, to));
-            if wait.walk.is_none() && wait.pages.is_empty() {
+            if wait.walk.is_none() && !self.wait_for_directory(&mut wait) {
                 self.pending.take(id);
                 actions.push(Action::Reply(id, Self::purged(&wait)));
                 continue;
-            }
-            if wait.walk.is_none() {
-                wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
             }
             if let Some(Waiting::Purge(place)) = self.pending.get_mut(id) {
                 *place = wait;
@@ -130,8 +132,8 @@ impl Core {
             return actions.push(Action::Reply(id, reply));
         }
         let Some(disk) = &mut self.disk else { return };
-        for &(segment, page) in &wait.pages {
-            disk.directory.mark_page(segment, page);
+        for &name in &wait.pages {
+            disk.directory.mark_again(name);
         }
         wait.cycle = Some(disk.directory.want());
     }

@@ -12,41 +12,50 @@ use crate::request::verb::{AttachmentId, CommitOutcome, Filled, Hold, Reply, Req
 use crate::tier;
 use crate::tier::slab::{Owner, SlotId, SlotState};
 
+/// Longest wait for room. What is not there by then is taken from the coldest, or refused.
+const WAIT_MS: u64 = 200;
+
 /// An incomplete block is given up when nothing was added to it for so long.
 const PARTIAL_MS: u64 = 60_000;
 
 impl Core {
-    /// Reserves, or waits until it can; `None` when the request waits.
-    pub(super) fn reserve(&mut self, request: Request, actions: &mut Actions) -> Option<Reply> {
+    /// Reserves, or waits for a while until it can, holding nothing meanwhile; `None` when the request waits.
+    pub(super) fn reserve(&mut self, request: Request) -> Option<Reply> {
         let Request { id, tenant, deadline_ms, verb } = request;
         let Verb::Reserve { attachment, parent, keys, shard, bytes_max } = verb else {
             unreachable!("only reservations are reserved")
         };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
-        let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max);
+        let may_wait = deadline_ms > self.now_ms;
+        let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
+        let is_short = outcomes.contains(&ReserveOutcome::NoRoom);
         let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
-        if got_nothing && self.room_is_coming() && deadline_ms > self.now_ms {
+        let wait = is_short && self.memory_is_coming() || got_nothing && self.room_is_coming();
+        if may_wait && wait {
+            self.abort(&granted(&outcomes));
             if !self.pending.has_room() {
                 return Some(self.busy());
             }
+            let until_ms = deadline_ms.min(self.now_ms + WAIT_MS);
             let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max };
-            self.pending.park(id, deadline_ms, Waiting::Reserve(Request { id, tenant, deadline_ms, verb }));
+            let request = Request { id, tenant, deadline_ms: until_ms, verb };
+            self.pending.park(id, until_ms, Waiting::Reserve(request));
             return None;
         }
         for outcome in &outcomes {
             match outcome {
-                ReserveOutcome::Granted { .. } => self.reserved_slots += 1,
+                ReserveOutcome::Granted { .. } => {}
                 ReserveOutcome::AlreadyPresent => self.counters.put_present += 1,
                 ReserveOutcome::BeingWritten => self.counters.put_contended += 1,
                 ReserveOutcome::NoRoom => self.counters.put_no_room += 1,
                 ReserveOutcome::OverQuota => self.counters.put_over_quota += 1,
             }
         }
-        let _ = actions;
         Some(Reply::Reserved(outcomes))
     }
 
     /// Stops at the first block for which there is no slot: what follows would be of no use without it.
+    #[expect(clippy::too_many_arguments, reason = "the fields of one verb")]
     fn reserve_run(
         &mut self,
         tenant: TenantId,
@@ -55,6 +64,7 @@ impl Core {
         keys: &[BlockKey],
         shard: Shard,
         bytes_max: u64,
+        may_wait: bool,
     ) -> Vec<ReserveOutcome> {
         let slot_bytes = tier::shard_slot_bytes(&under.layout, shard.count as u8);
         let owner = Owner { tenant, slot_bytes };
@@ -66,7 +76,7 @@ impl Core {
             let outcome = match refused {
                 Some(refused) => refused,
                 None if bytes_left < u64::from(slot_bytes) => ReserveOutcome::NoRoom,
-                None => self.reserve_block(under, key, parent, shard, owner),
+                None => self.reserve_block(under, key, parent, shard, owner, may_wait),
             };
             match outcome {
                 ReserveOutcome::Granted { .. } => bytes_left -= u64::from(slot_bytes),
@@ -86,10 +96,12 @@ impl Core {
         parent: BlockKey,
         shard: Shard,
         owner: Owner,
+        may_wait: bool,
     ) -> ReserveOutcome {
         let node = self.index.find_or_insert(under.namespace, key, parent);
         if self.index.node(node).is_present() || self.index.is_root(node) {
             self.touch(node);
+            self.index.forget_if_unused(node);
             return ReserveOutcome::AlreadyPresent;
         }
         let filling = self.index.node(node).filling;
@@ -104,9 +116,14 @@ impl Core {
                 return if committed { ReserveOutcome::AlreadyPresent } else { ReserveOutcome::BeingWritten };
             }
         }
+        if may_wait && self.memory_is_coming() && !self.host.tier.has_room(owner) {
+            self.index.forget_if_unused(node);
+            return ReserveOutcome::NoRoom;
+        }
         let place = (shard.index as u8, shard.count as u8);
         match self.allocate(Place::Host, owner, node, under.group, place) {
             Ok(slot) => {
+                self.reserved_slots += 1;
                 self.host.tier.slab.slot_mut(slot).next = self.index.node(node).filling;
                 self.index.set_filling(node, slot);
                 let generation = self.host.tier.slab.slot(slot).generation;
@@ -130,7 +147,7 @@ impl Core {
         }
         for id in self.pending.which(|waiting| matches!(waiting, Waiting::Reserve(_))) {
             let Some(Waiting::Reserve(request)) = self.pending.take(id) else { continue };
-            match self.reserve(request, actions) {
+            match self.reserve(request) {
                 Some(reply) => actions.push(Action::Reply(id, reply)),
                 None => break,
             }
@@ -253,6 +270,15 @@ impl Core {
             }
         }
     }
+}
+
+/// The reservations in an answer.
+fn granted(outcomes: &[ReserveOutcome]) -> Vec<Hold> {
+    let hold = |outcome: &ReserveOutcome| match outcome {
+        ReserveOutcome::Granted { hold, .. } => Some(*hold),
+        _ => None,
+    };
+    outcomes.iter().filter_map(hold).collect()
 }
 
 /// The shard of a slot record.

@@ -21,6 +21,9 @@ pub struct RecoveredFile {
     pub counter: u64,
 }
 
+/// Numbers left out at each start: pages that a crash cut off from their first page are not read, and their numbers must not come again.
+const RESTART_GAP: u64 = 1 << 32;
+
 /// A copy as its entries tell: all shards of one writing.
 type Copies = BTreeMap<(u64, NamespaceId, BlockKey), Vec<(SlotId, Entry)>>;
 
@@ -31,7 +34,7 @@ impl Core {
         let Some(disk) = &mut self.disk else { return warnings };
         let file_count = disk.file_count;
         for counter in files.iter().map(|file| file.counter) {
-            disk.directory.count_from(counter);
+            disk.directory.count_from(counter.saturating_add(RESTART_GAP));
         }
         for segment in 0..disk.tier.slab.segment_count() {
             disk.tier.slab.segment_ready(segment);
@@ -62,6 +65,7 @@ impl Core {
             return Err(format!("segment {segment} of the disk tier has slots of {} bytes, which do not fit", found.slot_bytes));
         };
         disk.tier.slab.assign(segment, shelf);
+        disk.set_owner(segment, owner);
         let pages = found.pages.iter().map(|page| page.as_ref().map(|(copy, page)| (*copy, entry_bits(&page.entries))));
         disk.directory.recover(segment, found.epoch, pages);
         let slots = disk.tier.slab.slot_count(segment);
@@ -106,7 +110,7 @@ impl Core {
             record.state = SlotState::Resident;
             record.next = slots.get(at + 1).map_or(SlotId::NONE, |(next, _)| *next);
             let Entry { payload_bytes, kind, reuse_rule, public, .. } = *entry;
-            disk.set_note(*slot, Note { written, payload_bytes, kind, reuse_rule, public });
+            disk.set_note(*slot, Note { written, payload_bytes, kind, reuse_rule, public, verified: false });
         }
         let shelf = disk.tier.slab.shelf_of(slots[0].0);
         let block_bytes = slots.iter().map(|(_, entry)| entry.payload_bytes).sum();

@@ -8,7 +8,7 @@ use crate::index::events::{Place, Residency};
 use crate::index::ids::{NodeId, TenantId};
 use crate::limits;
 use crate::request::status::{CoreStatus, TenantStatus, TierStatus};
-use crate::request::verb::{AttachmentId, Reply, RequestId, Verb};
+use crate::request::verb::{AttachmentId, Reply, RequestId};
 use crate::tier::slab::SlotState;
 
 use super::{Action, Actions};
@@ -56,7 +56,8 @@ impl Core {
         Reply::Snapshot { sequence, present, next }
     }
 
-    pub(super) fn status(&self) -> CoreStatus {
+    /// How the store is.
+    pub fn status(&self) -> CoreStatus {
         let tier = |place: Place| {
             let slab = self.slab(place);
             let classes = slab.shelves().map(|(shelf, owner)| {
@@ -103,9 +104,10 @@ impl Core {
     /// A request whose deadline has come is answered with what there is.
     pub(super) fn overdue(&mut self, request: RequestId, waiting: Waiting, actions: &mut Actions) {
         let reply = match waiting {
-            Waiting::Reserve(request) => match request.verb {
-                Verb::Reserve { keys, .. } => self.no_room(keys.len()),
-                _ => unreachable!("only reservations wait for room"),
+            // Its wait is over: what can be had now is had, without another wait.
+            Waiting::Reserve(request) => match self.reserve(request) {
+                Some(reply) => reply,
+                None => unreachable!("a reservation waits no longer than its deadline"),
             },
             Waiting::Acquire(wait) => self.acquired(AcquireWait { ..wait }),
             Waiting::Prefetch(wait) => Self::last_word(wait),

@@ -5,7 +5,6 @@ use super::{Core, Draining};
 use crate::index::events::Place;
 use crate::index::ids::{GroupId, NodeId, TenantId};
 use crate::limits;
-use crate::request::verb::Reply;
 use crate::tier::Tier;
 use crate::tier::disk::DiskTier;
 use crate::tier::slab::{Owner, ShelfId, Slab, SlotId, SlotState};
@@ -23,6 +22,8 @@ pub(super) enum NoSlot {
 const DRAIN_MARGIN_MS: u64 = 10_000;
 /// Dead blocks dropped for one slot.
 const DEAD_PER_SLOT: usize = 8;
+/// Blocks written to disk for one slot before one is dropped without.
+const WRITTEN_PER_SLOT: usize = 32;
 /// Evictions for one slot: a small slot may have to go for each page of a big one's quota.
 const EVICTIONS_PER_SLOT: usize = 64;
 
@@ -89,6 +90,7 @@ impl Core {
             if let Some(slot) = self.tier_mut(place).reserve(shelf, node, holder, shard) {
                 if place == Place::Disk && !self.disk().directory.has(slot.segment()) {
                     let slots = self.disk().tier.slab.slot_count(slot.segment());
+                    self.disk_mut().set_owner(slot.segment(), owner);
                     self.disk_mut().directory.begin(slot.segment(), slots);
                 }
                 return Ok(slot);
@@ -100,10 +102,14 @@ impl Core {
         Err(NoSlot::Room)
     }
 
+    /// Whether memory that nobody has used yet is about to be ready: worth a short wait rather than an eviction.
+    pub(super) fn memory_is_coming(&self) -> bool {
+        self.preparing || !self.to_prepare.is_empty()
+    }
+
     /// Whether a slot of host memory may become free without anybody's doing.
     pub(super) fn room_is_coming(&self) -> bool {
-        self.preparing
-            || !self.to_prepare.is_empty()
+        self.memory_is_coming()
             || self.draining[Place::Host.at()].is_some()
             || !self.writing.is_empty()
     }
@@ -121,8 +127,9 @@ impl Core {
     }
 
     /// Evicts the coldest copy of a shelf that may go. In host memory, one that is not on disk yet is written there first if it is
-    /// worth it; then the next one's turn comes.
+    /// worth it; then the next one's turn comes. A disk that does not keep up loses the coldest blocks, not the newest.
     fn evict(&mut self, place: Place, shelf: ShelfId) -> bool {
+        let mut written = 0;
         for _ in 0..limits::VICTIM_STEPS_MAX {
             let index = &mut self.index;
             // Borrowed from its parts: the index asks about slots while it walks its order.
@@ -135,8 +142,10 @@ impl Core {
                 !node.writing && slab.chain(first).all(|slot| slab.slot(slot).readers == 0)
             };
             let Some(victim) = index.victim(place, shelf, self.now_ms, unused) else { return false };
-            let has_other = self.index.node(victim).copy(place.other()).is_some();
-            if place == Place::Host && !has_other && self.write_back(victim, false) {
+            let only_in_host = place == Place::Host && self.index.node(victim).copy(Place::Disk).is_none();
+            let holds_up_disk = self.index.holds_up_disk(victim);
+            if only_in_host && (holds_up_disk || written < WRITTEN_PER_SLOT) && self.write_back(victim, holds_up_disk) {
+                written += 1;
                 continue;
             }
             self.drop_copy(victim, place);
@@ -230,10 +239,7 @@ impl Core {
                 self.host.clear_sums(segment);
                 self.to_prepare.push_back((segment, true));
             }
-            Place::Disk => {
-                self.disk_mut().retire(segment);
-                self.disk_mut().tier.slab.segment_ready(segment);
-            }
+            Place::Disk => self.disk_mut().retire(segment),
         }
     }
 
@@ -290,11 +296,5 @@ impl Core {
         if doomed {
             self.give_back(place, slot);
         }
-    }
-
-    /// Requests that wait for room and find none at their deadline.
-    pub(super) fn no_room(&mut self, keys: usize) -> Reply {
-        self.counters.put_no_room += keys as u64;
-        Reply::Reserved(vec![crate::request::verb::ReserveOutcome::NoRoom; keys])
     }
 }

@@ -144,12 +144,16 @@ impl Core {
             self.index.node_mut(node).writing = false;
         }
         for request in write_back.waiters {
-            if let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) {
-                wait.writing -= 1;
-                if wait.writing == 0 {
-                    wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
-                }
-            }
+            self.durable_part_ended(request);
+        }
+    }
+
+    /// Something that a durable waits for has ended; a flush makes it durable.
+    pub(super) fn durable_part_ended(&mut self, request: RequestId) {
+        let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) else { return };
+        wait.parts_left -= 1;
+        if wait.parts_left == 0 {
+            wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
         }
     }
 
@@ -164,7 +168,7 @@ impl Core {
             record.state = SlotState::Resident;
             let payload_bytes = layout.shard_bytes(record.shard_count.into()) as u32;
             let (kind, reuse_rule) = (layout.kind as u8, layout.reuse_rule.ordinal() as u8);
-            disk.set_note(slot, Note { written, payload_bytes, kind, reuse_rule, public });
+            disk.set_note(slot, Note { written, payload_bytes, kind, reuse_rule, public, verified: true });
             disk.directory.mark(slot);
         }
         let shelf = disk.tier.slab.shelf_of(slots[0]);
@@ -246,6 +250,7 @@ impl Core {
             self.directory_ms = self.now_ms;
             self.cycle_ended(cycle, ok, actions);
         }
+        self.disk_mut().reuse_retired();
         let lazily = self.directory_ms + limits::DIRECTORY_DELAY.as_millis() as u64 <= self.now_ms;
         self.disk_mut().directory.start(lazily);
         loop {
@@ -284,7 +289,7 @@ impl Core {
             .map(|place| (place < slots).then(|| self.directory_entry(SlotId::new(name.segment, place))).flatten())
             .collect();
         let held = crate::tier::disk::recover::entry_bits(&entries);
-        let owner = slab.owner(slab.shelf_of(SlotId::new(name.segment, 0)));
+        let owner = disk.owner(name.segment);
         let page = DirectoryPage {
             tenant: format::tenant_tag(&self.config.tenants[owner.tenant.0 as usize].name),
             sequence,
@@ -354,26 +359,29 @@ impl Core {
             return Some(self.busy());
         }
         let namespace = under.namespace;
-        let mut wait = DurableWait { namespace, keys, writing: 0, cycle: None };
+        let mut wait = DurableWait { namespace, keys, parts_left: 0, cycle: None };
         let nodes: Vec<NodeId> =
             wait.keys.iter().filter_map(|key| self.index.find(namespace, key)).collect();
         let mut unflushed = false;
         for node in nodes {
-            unflushed |= self.index.node(node).copy(Place::Disk).is_some() && !self.is_durable(node);
-            if self.index.node(node).copy(Place::Disk).is_none() && self.write_back(node, true) {
+            if self.index.node(node).copy(Place::Disk).is_some() {
+                let unverified = !self.is_verified(node);
+                unflushed |= !unverified && !self.is_durable(node);
+                wait.parts_left += usize::from(unverified && self.load(node, Lane::Demand, (id, None)).is_ok());
+            } else if self.write_back(node, true) {
                 let write_back = self.writing[&node];
                 let waiters = &mut self.write_backs.get_mut(&write_back).expect("it is being written").waiters;
                 // A key given twice waits once.
                 if waiters.last() != Some(&id) {
                     waiters.push(id);
-                    wait.writing += 1;
+                    wait.parts_left += 1;
                 }
             }
         }
-        if wait.writing == 0 && !unflushed {
+        if wait.parts_left == 0 && !unflushed {
             return Some(self.durable_reply(&wait));
         }
-        if wait.writing == 0 {
+        if wait.parts_left == 0 {
             wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
         }
         self.pending.park(id, deadline_ms, Waiting::Durable(wait));
@@ -388,13 +396,21 @@ impl Core {
     fn is_durable(&self, node: NodeId) -> bool {
         let Some(first) = self.index.node(node).copy(Place::Disk) else { return false };
         let directory: &Directory = &self.disk().directory;
-        self.disk().tier.slab.chain(first).all(|slot| directory.is_durable(slot))
+        self.is_verified(node) && self.disk().tier.slab.chain(first).all(|slot| directory.is_durable(slot))
+    }
+
+    /// Whether the copy on disk is known to be what was put.
+    fn is_verified(&self, node: NodeId) -> bool {
+        let Some(first) = self.index.node(node).copy(Place::Disk) else { return false };
+        self.disk().tier.slab.chain(first).all(|slot| self.disk().note(slot).verified)
     }
 
     /// Writes back what is only in memory and is worth it, then flushes; for a daemon that is about to stop.
     pub(super) fn drain(&mut self, id: RequestId, deadline_ms: u64) -> Option<Reply> {
         self.stopping = true;
-        self.disk.as_ref()?;
+        if self.disk.is_none() {
+            return Some(Reply::Done);
+        }
         self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait { next: 0, cycle: None }));
         None
     }

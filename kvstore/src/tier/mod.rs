@@ -48,6 +48,11 @@ impl Tier {
         quota.is_none_or(|quota| used + u64::from(owner.slot_bytes) <= quota)
     }
 
+    /// Whether a slot of this size can be had without taking one from somebody.
+    pub fn has_room(&mut self, owner: Owner) -> bool {
+        self.slab.shelf(owner).is_some_and(|shelf| self.slab.has_room(shelf))
+    }
+
     /// Takes a free slot of the shelf, and charges its tenant.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         let slot = self.slab.reserve(shelf, node, holder, shard)?;

@@ -1,7 +1,7 @@
 //! The thread of one tier file: hands transfers to the device, checks the sums of what was loaded, and tells the core. Sums are
 //! computed here, not in the core, since a megabyte takes 100 us.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
@@ -32,6 +32,8 @@ struct Check {
 pub struct InFlight {
     arena: Arc<Arena>,
     checks: HashMap<u64, Check>,
+    /// Requests that the device has no room for yet: the lanes fill its depth, and pages of the directory come beside them.
+    waiting: VecDeque<IoRequest>,
     /// Requests submitted and not back yet.
     count: usize,
 }
@@ -39,12 +41,11 @@ pub struct InFlight {
 impl InFlight {
     /// Nothing yet.
     pub fn new(arena: Arc<Arena>) -> Self {
-        Self { arena, checks: HashMap::new(), count: 0 }
+        Self { arena, checks: HashMap::new(), waiting: VecDeque::new(), count: 0 }
     }
 
-    /// Turns a transfer into a request of the device.
-    pub fn request(&mut self, id: TransferId, transfer: Transfer) -> IoRequest {
-        self.count += 1;
+    /// Takes a transfer on; [`InFlight::submit`] hands it to the device.
+    pub fn start(&mut self, id: TransferId, transfer: Transfer) {
         let operation = match transfer {
             Transfer::Load { offset, into, expected } => {
                 self.checks.insert(id.0, Check { into, expected });
@@ -54,7 +55,22 @@ impl InFlight {
             Transfer::WritePage { offset, page } => Operation::WritePage { offset, page },
             Transfer::Flush => Operation::Flush,
         };
-        IoRequest { id: id.0, operation }
+        self.waiting.push_back(IoRequest { id: id.0, operation });
+    }
+
+    /// Hands to the device what it has room for, in the order of `start`.
+    pub fn submit(&mut self, device: &mut dyn BlockDevice) {
+        while self.count < device.depth()
+            && let Some(request) = self.waiting.pop_front()
+        {
+            self.count += 1;
+            device.submit(request);
+        }
+    }
+
+    /// Whether everything has come back.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0 && self.waiting.is_empty()
     }
 
     /// Judges a completion.
@@ -85,10 +101,10 @@ pub fn run(
     let mut in_flight = InFlight::new(arena);
     let mut done = Vec::new();
     let mut open = true;
-    while open || in_flight.count > 0 {
+    while open || !in_flight.is_empty() {
         loop {
             match commands.try_recv() {
-                Ok(Command::Start(id, transfer)) => device.submit(in_flight.request(id, transfer)),
+                Ok(Command::Start(id, transfer)) => in_flight.start(id, transfer),
                 Ok(Command::SegmentReady(segment)) => device.segment_ready(segment),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => {
@@ -97,6 +113,7 @@ pub fn run(
                 }
             }
         }
+        in_flight.submit(&mut *device);
         device.wait(if open { IDLE } else { Duration::from_millis(10) }, &mut done);
         for completion in done.drain(..) {
             let (id, outcome) = in_flight.outcome(completion);

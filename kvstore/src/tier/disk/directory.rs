@@ -4,6 +4,9 @@
 //! A page has two copies on disk. The one that was flushed last is never written over: a cycle writes the other one, again and again
 //! if need be, and only a flush that followed makes it the one to keep. So whatever a crash does to pages that were not flushed, the
 //! entries acknowledged as durable are there.
+//!
+//! The first page of a segment goes on alternating when the segment changes owner, and a segment that lost its owner gets an empty one
+//! under a new epoch: entries of the past are void on disk once that is flushed.
 
 use std::collections::VecDeque;
 
@@ -12,7 +15,7 @@ use crate::limits;
 use crate::tier::slab::SlotId;
 
 /// A page of the directory of a segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageName {
     /// Segment of the tier.
     pub segment: u32,
@@ -36,9 +39,17 @@ struct PageState {
     durable: u32,
 }
 
+impl PageState {
+    /// The copy that may be written.
+    fn next_copy(&self) -> u32 {
+        self.flushed_copy.map_or(0, |flushed| 1 - flushed)
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 struct SegmentState {
     epoch: u64,
+    owned: bool,
     pages: Vec<PageState>,
 }
 
@@ -69,7 +80,8 @@ pub enum Step {
 pub struct Directory {
     segments: Vec<SegmentState>,
     dirty: VecDeque<PageName>,
-    unflushed: Vec<PageName>,
+    /// Pages written since the last flush, each with the copy.
+    unflushed: Vec<(PageName, u32)>,
     cycle: Cycle,
     /// Number of the cycle that starts next.
     next: CycleId,
@@ -111,14 +123,20 @@ impl Directory {
 
     /// Whether a segment has a directory.
     pub fn has(&self, segment: u32) -> bool {
-        !self.segments[segment as usize].pages.is_empty()
+        self.segments[segment as usize].owned
     }
 
     /// A segment got an owner: its directory begins empty. Page 0 is written with the first cycle, for it tells the slot size.
     pub fn begin(&mut self, segment: u32, slots: u32) {
+        self.change_owner(segment, true, format::directory_pages(slots));
+    }
+
+    fn change_owner(&mut self, segment: u32, owned: bool, page_count: u32) {
         let epoch = self.count();
-        let pages = vec![PageState::default(); format::directory_pages(slots) as usize];
-        self.segments[segment as usize] = SegmentState { epoch, pages };
+        let mut pages = vec![PageState::default(); page_count as usize];
+        let before = self.segments[segment as usize].pages.first();
+        pages[0].flushed_copy = before.and_then(|first| first.flushed_copy);
+        self.segments[segment as usize] = SegmentState { epoch, owned, pages };
         self.mark_page(segment, 0);
     }
 
@@ -129,12 +147,12 @@ impl Directory {
             durable: found.map_or(0, |(_, entries)| entries),
             ..PageState::default()
         };
-        self.segments[segment as usize] = SegmentState { epoch, pages: pages.map(page).collect() };
+        self.segments[segment as usize] = SegmentState { epoch, owned: true, pages: pages.map(page).collect() };
     }
 
-    /// A segment lost its owner.
+    /// A segment lost its owner: what its pages on disk say is void with the next cycle.
     pub fn end(&mut self, segment: u32) {
-        self.segments[segment as usize] = SegmentState::default();
+        self.change_owner(segment, false, 1);
     }
 
     /// Epoch of a segment's owner.
@@ -152,6 +170,17 @@ impl Directory {
         (slot.place() / format::ENTRIES_PER_PAGE, slot.place() % format::ENTRIES_PER_PAGE)
     }
 
+    /// The page that tells of a slot.
+    pub fn name(&self, slot: SlotId) -> PageName {
+        PageName { segment: slot.segment(), page: Self::place(slot).0, epoch: self.epoch(slot.segment()) }
+    }
+
+    /// A page is to be written once more with the next cycle; if its segment changed owner, the page that makes it void.
+    pub fn mark_again(&mut self, name: PageName) {
+        let page = if self.state(name).is_some() { name.page } else { 0 };
+        self.mark_page(name.segment, page);
+    }
+
     /// A page is to be written with the next cycle.
     pub fn mark_page(&mut self, segment: u32, page: u32) {
         let name = PageName { segment, page, epoch: self.epoch(segment) };
@@ -167,7 +196,7 @@ impl Directory {
     pub fn mark(&mut self, slot: SlotId) {
         let (page, entry) = Self::place(slot);
         self.mark_page(slot.segment(), page);
-        let name = PageName { segment: slot.segment(), page, epoch: self.epoch(slot.segment()) };
+        let name = self.name(slot);
         if let Some(state) = self.state(name) {
             state.durable &= !(1 << entry);
             state.written &= !(1 << entry);
@@ -190,6 +219,16 @@ impl Directory {
     /// Whether there is anything to write.
     pub fn is_dirty(&self) -> bool {
         !self.dirty.is_empty()
+    }
+
+    /// Whether a power cut would leave exactly what is known now.
+    pub fn is_settled(&self) -> bool {
+        !self.is_dirty() && !self.is_busy() && self.unflushed.is_empty()
+    }
+
+    /// Whether pages are on their way to the disk.
+    pub fn is_writing(&self) -> bool {
+        matches!(self.cycle, Cycle::Writing { in_flight, .. } if in_flight > 0)
     }
 
     /// Whether a cycle runs.
@@ -225,7 +264,7 @@ impl Directory {
                 Some(name) => {
                     // A segment that changed owner meanwhile has no such page any more.
                     let Some(state) = self.state(name) else { continue };
-                    let copy = state.flushed_copy.map_or(0, |flushed| 1 - flushed);
+                    let copy = state.next_copy();
                     if let Cycle::Writing { in_flight, .. } = &mut self.cycle {
                         *in_flight += 1;
                     }
@@ -245,8 +284,9 @@ impl Directory {
     pub fn written(&mut self, name: PageName, entries: u32) {
         let Some(state) = self.state(name) else { return };
         state.written = entries;
+        let copy = state.next_copy();
         if !std::mem::replace(&mut state.is_written, true) {
-            self.unflushed.push(name);
+            self.unflushed.push((name, copy));
         }
     }
 
@@ -280,19 +320,26 @@ impl Directory {
         let flushed = matches!(self.cycle, Cycle::Flushing { .. });
         self.cycle = Cycle::Idle;
         if flushed {
-            for name in std::mem::take(&mut self.unflushed) {
-                self.settle(name, ok);
+            for (name, copy) in std::mem::take(&mut self.unflushed) {
+                self.settle(name, copy, ok);
             }
         }
         Some((id, ok))
     }
 
     /// After a flush: the written copy is the one to keep. After a failed one nobody knows what the disk holds: it is written again.
-    fn settle(&mut self, name: PageName, ok: bool) {
-        let Some(state) = self.state(name) else { return };
+    fn settle(&mut self, name: PageName, copy: u32, ok: bool) {
+        let Some(state) = self.state(name) else {
+            // The segment changed owner since; which copy of its first page to keep holds for all owners.
+            let first = self.segments[name.segment as usize].pages.first_mut();
+            if let Some(first) = first.filter(|_| ok && name.page == 0) {
+                first.flushed_copy = Some(copy);
+            }
+            return;
+        };
         state.is_written = false;
         if ok {
-            state.flushed_copy = Some(state.flushed_copy.map_or(0, |flushed| 1 - flushed));
+            state.flushed_copy = Some(copy);
             state.durable = state.written;
         } else {
             self.mark_page(name.segment, name.page);

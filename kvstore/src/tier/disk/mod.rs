@@ -7,7 +7,7 @@ pub mod recover;
 
 use self::directory::Directory;
 use super::Tier;
-use super::slab::{Slab, SlotId};
+use super::slab::{Owner, Slab, SlotId};
 use crate::limits;
 
 /// The disk tier.
@@ -24,6 +24,11 @@ pub struct DiskTier {
     /// What a slot's directory entry says beyond its record, by segment: a page must be written again whole, also when nobody has
     /// attached to the namespaces of its blocks since the restart.
     notes: Vec<Vec<Note>>,
+    /// The owner of each segment, or the last one: a segment without an owner still has a page that says so.
+    owners: Vec<Option<Owner>>,
+    /// Segments that lost their owner while pages of the directory were on their way: one of those may yet land where the next owner's
+    /// slots will lie.
+    retired: Vec<u32>,
     health: Health,
 }
 
@@ -40,6 +45,9 @@ pub struct Note {
     pub reuse_rule: u8,
     /// Under a public namespace.
     pub public: bool,
+    /// The slot is known to hold what the entry says: written, or read, since the start. An entry may survive a crash that its payload
+    /// did not.
+    pub verified: bool,
 }
 
 /// Whether the disk can be trusted.
@@ -79,6 +87,8 @@ impl DiskTier {
             file_count,
             page_key,
             notes: vec![Vec::new(); segment_count as usize],
+            owners: vec![None; segment_count as usize],
+            retired: Vec::new(),
             health: Health::Good,
         }
     }
@@ -111,15 +121,41 @@ impl DiskTier {
         notes[slot.place() as usize] = note;
     }
 
+    /// A slot was read, and holds what its entry says.
+    pub fn verified(&mut self, slot: SlotId) {
+        self.notes[slot.segment() as usize][slot.place() as usize].verified = true;
+    }
+
     /// What the directory is to say of a slot.
     pub fn note(&self, slot: SlotId) -> Note {
         self.notes[slot.segment() as usize][slot.place() as usize]
+    }
+
+    /// A segment got its owner.
+    pub fn set_owner(&mut self, segment: u32, owner: Owner) {
+        self.owners[segment as usize] = Some(owner);
+    }
+
+    /// The owner of a segment with a directory, or its last one.
+    pub fn owner(&self, segment: u32) -> Owner {
+        self.owners[segment as usize].expect("a segment with a directory had an owner")
     }
 
     /// A segment lost its owner: its directory and notes are void.
     pub fn retire(&mut self, segment: u32) {
         self.directory.end(segment);
         self.notes[segment as usize] = Vec::new();
+        self.retired.push(segment);
+        self.reuse_retired();
+    }
+
+    /// Makes retired segments ready for another owner, unless pages are on their way.
+    pub fn reuse_retired(&mut self) {
+        if !self.directory.is_writing() {
+            for segment in std::mem::take(&mut self.retired) {
+                self.tier.slab.segment_ready(segment);
+            }
+        }
     }
 
     /// Whether the disk may be asked now.

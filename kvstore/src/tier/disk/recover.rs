@@ -90,29 +90,30 @@ fn read_segment(
     segment: u32,
 ) -> Result<Option<FoundSegment>, RecoverError> {
     let offset = format::SEGMENTS_OFFSET + u64::from(segment) * superblock.segment_bytes;
-    let Some((_, first)) = newest(superblock, segment, 0, &file.read_pages(offset, 2)?, 0) else { return Ok(None) };
+    let Some((_, first)) = newest(superblock, segment, 0, &file.read_pages(offset, 2)?, None) else { return Ok(None) };
     let slots = format::slots_per_segment(superblock.segment_bytes, first.slot_bytes.into());
     let count = format::directory_pages(slots);
     let bytes = file.read_pages(offset, 2 * count as usize)?;
     let pages = bytes.chunks_exact(2 * PAGE_BYTES as usize).zip(0..count);
-    let pages = pages.map(|(copies, page)| newest(superblock, segment, page, copies, first.epoch)).collect();
+    let pages = pages.map(|(copies, page)| newest(superblock, segment, page, copies, Some(first.epoch))).collect();
     let DirectoryPage { tenant, slot_bytes, epoch, .. } = first;
     Ok(Some(FoundSegment { segment, tenant, slot_bytes, epoch, pages }))
 }
 
-/// The newer of a page's two copies among those that are whole and of this epoch or a later one.
+/// The newer of a page's two copies among those that are whole. Pages after the first must be of the first one's epoch: of another they
+/// speak of another owner's slots.
 fn newest(
     superblock: &Superblock,
     segment: u32,
     page: u32,
     copies: &[u8],
-    epoch: u64,
+    epoch: Option<u64>,
 ) -> Option<(u32, DirectoryPage)> {
     copies
         .chunks_exact(PAGE_BYTES as usize)
         .zip(0u32..)
         .filter_map(|(bytes, copy)| Some((copy, DirectoryPage::decode(bytes, &superblock.page_key).ok()?)))
-        .filter(|(_, found)| found.segment == segment && found.page == page && found.epoch >= epoch)
+        .filter(|(_, found)| found.segment == segment && found.page == page && epoch.is_none_or(|epoch| found.epoch == epoch))
         .max_by_key(|(_, found)| (found.epoch, found.sequence))
 }
 

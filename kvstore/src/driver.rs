@@ -1,0 +1,402 @@
+//! The thread of the core, and the way to it. Requests come through one bounded queue and are answered through a channel each; a permit
+//! per request keeps room in the queue for completions, which may not be lost.
+//!
+//! What a reply grants (leases, reservations) travels with an [`Undo`]: whoever drops the reply, at whatever moment (a client that went
+//! away, a task that was cancelled), gives it back.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+
+use crate::clock::Clock;
+use crate::device::memory::Arena;
+use crate::index::ids::TenantId;
+use crate::limits;
+use crate::pipeline::{Action, Core, Event};
+use crate::request::verb::{Hold, Refusal, RefusalKind, Reply, Request, RequestId, ReserveOutcome, Verb};
+use crate::telemetry;
+use crate::transfer::disk::Command;
+use crate::transfer::{Outcome, TransferId};
+
+/// A reply, and what undoes it.
+#[derive(Debug)]
+pub struct Answer {
+    /// The reply.
+    pub reply: Reply,
+    /// Gives back what the reply grants, unless disarmed.
+    pub undo: Option<Undo>,
+}
+
+/// Gives back leases or reservations when it is dropped.
+#[derive(Debug)]
+#[must_use = "dropping it gives back what was granted"]
+pub struct Undo {
+    verb: Option<Verb>,
+    sender: SyncSender<Input>,
+}
+
+impl Undo {
+    fn of(reply: &Reply, sender: &SyncSender<Input>) -> Option<Self> {
+        let verb = match reply {
+            Reply::Acquired(acquired) => {
+                let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
+                Verb::Release(parts.map(|part| part.hold).collect())
+            }
+            Reply::Reserved(outcomes) => {
+                let granted = |outcome: &ReserveOutcome| match outcome {
+                    ReserveOutcome::Granted { hold, .. } => Some(*hold),
+                    _ => None,
+                };
+                Verb::Abort(outcomes.iter().filter_map(granted).collect())
+            }
+            _ => return None,
+        };
+        let (Verb::Release(holds) | Verb::Abort(holds)) = &verb else { return None };
+        if holds.is_empty() { None } else { Some(Self { verb: Some(verb), sender: sender.clone() }) }
+    }
+
+    /// Somebody else answers for these from now on.
+    pub fn forget(&mut self, ended: &[Hold]) {
+        if let Some(Verb::Release(holds) | Verb::Abort(holds)) = &mut self.verb {
+            holds.retain(|hold| !ended.contains(hold));
+        }
+    }
+
+    /// Nothing is to be given back any more.
+    pub fn disarm(mut self) {
+        self.verb = None;
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if let Some(verb) = self.verb.take() {
+            // The queue is emptied by a thread that never waits for whoever drops this, so this wait is short; when the core is gone
+            // there is nothing to give back.
+            let _ = self.sender.send(Input::Undo(verb));
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Responder {
+    Once(oneshot::Sender<Answer>),
+    Many(mpsc::Sender<Reply>),
+}
+
+#[derive(Debug)]
+enum Input {
+    Ask(Request, Responder),
+    Undo(Verb),
+    Done(TransferId, Outcome),
+    Ready(u32),
+    Stop,
+}
+
+/// The way to the core. Clones are the same way.
+#[derive(Clone)]
+pub struct CoreHandle {
+    sender: SyncSender<Input>,
+    permits: Arc<Semaphore>,
+    last_request: Arc<AtomicU64>,
+    clock: Clock,
+    arena: Arc<Arena>,
+    residency: Arc<Vec<watch::Receiver<u64>>>,
+}
+
+/// The threads and channels around a core.
+pub struct Driver {
+    core: Core,
+    clock: Clock,
+    inputs: Receiver<Input>,
+    sender: SyncSender<Input>,
+    responders: HashMap<RequestId, Responder>,
+    disks: Vec<DiskThread>,
+    prepare: SyncSender<(u32, bool)>,
+    residency: Vec<watch::Sender<u64>>,
+    published: Instant,
+}
+
+/// The way to the thread of one file.
+pub struct DiskThread {
+    commands: SyncSender<Command>,
+    wake: Arc<dyn Fn() + Send + Sync>,
+    thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+/// Completions and grants given back that may be queued beside the requests: every transfer of 16 files, and every request once.
+const QUEUE: usize = 3 * limits::REQUESTS_MAX;
+
+impl Driver {
+    /// Puts threads around a core: one for each device, one to prepare segments. `run` is the core's own.
+    pub fn new(
+        core: Core,
+        tenant_count: usize,
+        arena: &Arc<Arena>,
+        devices: Vec<Box<dyn crate::device::block::BlockDevice>>,
+        clock: Clock,
+    ) -> std::io::Result<(Self, CoreHandle)> {
+        let (sender, inputs) = sync_channel(QUEUE);
+        let (residency, watchers): (Vec<_>, Vec<_>) = (0..tenant_count).map(|_| watch::channel(0)).unzip();
+        let disks: Vec<DiskThread> =
+            devices.into_iter().map(|device| disk_thread(device, arena, &sender)).collect::<Result<_, _>>()?;
+        let prepare = prepare_thread(arena, &sender)?;
+        let handle = CoreHandle {
+            sender: sender.clone(),
+            permits: Arc::new(Semaphore::new(limits::REQUESTS_MAX)),
+            last_request: Arc::new(AtomicU64::new(0)),
+            clock,
+            arena: Arc::clone(arena),
+            residency: Arc::new(watchers),
+        };
+        let responders = HashMap::new();
+        let published = Instant::now();
+        Ok((Self { core, clock, inputs, sender, responders, disks, prepare, residency, published }, handle))
+    }
+
+    /// Runs the core until [`CoreHandle::stop`]. Returns when all devices have come to rest.
+    pub fn run(mut self) {
+        let mut events = vec![Event::Tick];
+        let mut actions = Vec::new();
+        let mut ticked = Instant::now();
+        'running: loop {
+            for event in events.drain(..) {
+                self.core.step(event, self.clock.now_ms(), &mut actions);
+            }
+            let again = self.carry_out(&mut actions, &mut events);
+            let wait = if again || !events.is_empty() { Duration::ZERO } else { limits::TICK };
+            match self.inputs.recv_timeout(wait) {
+                Ok(Input::Stop) => break 'running,
+                Ok(input) => events.push(self.event(input)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break 'running,
+            }
+            // What else came meanwhile is taken along: one look at the clock and one round of replies for all.
+            while events.len() < 256 {
+                match self.inputs.try_recv() {
+                    Ok(Input::Stop) => break 'running,
+                    Ok(input) => events.push(self.event(input)),
+                    Err(_) => break,
+                }
+            }
+            if again {
+                events.push(Event::Continue);
+            }
+            if ticked.elapsed() >= limits::TICK {
+                ticked = Instant::now();
+                events.push(Event::Tick);
+                self.publish();
+            }
+        }
+        for disk in self.disks.drain(..) {
+            disk.stop();
+        }
+    }
+
+    fn event(&mut self, input: Input) -> Event {
+        match input {
+            Input::Ask(request, responder) => {
+                self.responders.insert(request.id, responder);
+                Event::Request(request)
+            }
+            Input::Undo(verb) => self.undo(verb),
+            Input::Done(id, outcome) => Event::TransferDone(id, outcome),
+            Input::Ready(segment) => {
+                for disk in &self.disks {
+                    disk.tell(Command::SegmentReady(segment));
+                }
+                Event::SegmentReady(segment)
+            }
+            Input::Stop => Event::Tick,
+        }
+    }
+
+    /// A request of the driver's own: nobody waits for its reply, and whose it is does not matter to what ends a hold.
+    fn undo(&self, verb: Verb) -> Event {
+        Event::Request(Request { id: RequestId(0), tenant: TenantId(0), deadline_ms: 0, verb })
+    }
+
+    /// Does what the core asked for; returns whether it wants to go on at once. Grants that nobody takes come back as events.
+    fn carry_out(&mut self, actions: &mut Vec<Action>, events: &mut Vec<Event>) -> bool {
+        let mut again = false;
+        for action in actions.drain(..) {
+            match action {
+                Action::Reply(id, reply) => {
+                    if let Some(verb) = self.reply(id, reply) {
+                        events.push(self.undo(verb));
+                    }
+                }
+                Action::Start(file, id, transfer) => self.disks[file as usize].tell(Command::Start(id, transfer)),
+                Action::PrepareSegment { segment, used } => {
+                    if self.prepare.send((segment, used)).is_err() {
+                        tracing::error!("the thread that prepares memory is gone; segment {segment} stays unused");
+                    }
+                }
+                Action::Residency(tenant, sequence) => {
+                    self.residency[tenant.0 as usize].send_replace(sequence);
+                }
+                Action::Again => again = true,
+                Action::Warn(message) => tracing::warn!("{message}"),
+            }
+        }
+        again
+    }
+
+    fn reply(&mut self, id: RequestId, reply: Reply) -> Option<Verb> {
+        let more = matches!(&reply, Reply::Prefetch(prefetch) if !prefetch.done);
+        match self.responders.remove(&id)? {
+            Responder::Once(sender) => {
+                let undo = Undo::of(&reply, &self.sender);
+                let mut answer = sender.send(Answer { reply, undo }).err()?;
+                answer.undo.as_mut().and_then(|undo| undo.verb.take())
+            }
+            Responder::Many(sender) => {
+                // Progress that nobody fetched yet is as good as this one; the last word always finds a place kept for it.
+                if !more || sender.capacity() > 1 {
+                    let _ = sender.try_send(reply);
+                }
+                if more && !sender.is_closed() {
+                    self.responders.insert(id, Responder::Many(sender));
+                }
+                None
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        if self.published.elapsed() < Duration::from_secs(1) {
+            return;
+        }
+        self.published = Instant::now();
+        telemetry::publish(&self.core.status());
+    }
+}
+
+impl DiskThread {
+    fn tell(&self, command: Command) {
+        // The queue holds everything that the lanes and the directory may have in flight; only a dead thread refuses.
+        if self.commands.send(command).is_err() {
+            tracing::error!("the thread of a tier file is gone");
+        }
+        (self.wake)();
+    }
+
+    fn stop(self) {
+        let Self { commands, wake, thread } = self;
+        drop(commands);
+        wake();
+        if let Some(thread) = thread.into_inner().ok().flatten() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn disk_thread(
+    device: Box<dyn crate::device::block::BlockDevice>,
+    arena: &Arc<Arena>,
+    sender: &SyncSender<Input>,
+) -> std::io::Result<DiskThread> {
+    let queue = device.depth() + limits::DIRECTORY_WRITES_MAX + 8 + arena.segment_count() as usize;
+    let (commands, receiver) = sync_channel(queue);
+    let wake = device.waker();
+    let (arena, sender) = (Arc::clone(arena), sender.clone());
+    let thread = std::thread::Builder::new().name("tender-disk".to_owned()).spawn(move || {
+        crate::transfer::disk::run(device, arena, &receiver, |id, outcome| {
+            // The core is gone only when the daemon ends.
+            let _ = sender.send(Input::Done(id, outcome));
+        });
+    })?;
+    Ok(DiskThread { commands, wake, thread: Mutex::new(Some(thread)) })
+}
+
+fn prepare_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Result<SyncSender<(u32, bool)>> {
+    let (requests, receiver) = sync_channel::<(u32, bool)>(2);
+    let (arena, sender) = (Arc::clone(arena), sender.clone());
+    std::thread::Builder::new().name("tender-prepare".to_owned()).spawn(move || {
+        for (segment, used) in receiver {
+            if used {
+                arena.zero(segment);
+            } else {
+                let prepared = arena.prepare(segment);
+                tracing::debug!(segment, ?prepared, "segment prepared");
+            }
+            if sender.send(Input::Ready(segment)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(requests)
+}
+
+impl CoreHandle {
+    /// Payload memory.
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// The daemon's clock.
+    pub fn clock(&self) -> Clock {
+        self.clock
+    }
+
+    /// Number of a tenant's last event, whenever it changes.
+    pub fn residency(&self, tenant: TenantId) -> watch::Receiver<u64> {
+        self.residency[tenant.0 as usize].clone()
+    }
+
+    fn request(&self, tenant: TenantId, deadline: Duration, verb: Verb) -> Request {
+        let id = RequestId(self.last_request.fetch_add(1, Ordering::Relaxed) + 1);
+        Request { id, tenant, deadline_ms: self.clock.deadline_ms(deadline), verb }
+    }
+
+    fn busy() -> Refusal {
+        let message = format!("{} requests are under way already; try again later", limits::REQUESTS_MAX);
+        Refusal { kind: RefusalKind::Busy, message }
+    }
+
+    fn gone() -> Refusal {
+        Refusal { kind: RefusalKind::Stopping, message: "the daemon is stopping; try again when it is back".to_owned() }
+    }
+
+    /// Asks the core, and waits for its answer: never much longer than the deadline.
+    pub async fn ask(&self, tenant: TenantId, deadline: Duration, verb: Verb) -> Result<Answer, Refusal> {
+        /// The core answers at the deadline; this bounds the wait for a core that is busy with something long.
+        const GRACE: Duration = Duration::from_secs(5);
+        let permit = self.permits.try_acquire().map_err(|_| Self::busy())?;
+        let (sender, receiver) = oneshot::channel();
+        let request = self.request(tenant, deadline, verb);
+        self.sender.try_send(Input::Ask(request, Responder::Once(sender))).map_err(|_| Self::gone())?;
+        let answer = match tokio::time::timeout(deadline + GRACE, receiver).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => return Err(Self::gone()),
+            Err(_) => return Err(Self::busy()),
+        };
+        drop(permit);
+        match answer.reply {
+            Reply::Refused(refusal) => Err(refusal),
+            _ => Ok(answer),
+        }
+    }
+
+    /// Asks for something that is answered several times.
+    pub fn ask_many(
+        &self,
+        tenant: TenantId,
+        deadline: Duration,
+        verb: Verb,
+    ) -> Result<mpsc::Receiver<Reply>, Refusal> {
+        let (sender, receiver) = mpsc::channel(4);
+        let request = self.request(tenant, deadline, verb);
+        self.sender.try_send(Input::Ask(request, Responder::Many(sender))).map_err(|_| Self::gone())?;
+        Ok(receiver)
+    }
+
+    /// Ends the core's thread, whatever it is doing.
+    pub fn stop(&self) {
+        let _ = self.sender.send(Input::Stop);
+    }
+}

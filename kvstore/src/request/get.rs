@@ -1,0 +1,190 @@
+//! The get stream: leases a window of the run, sends its bytes from the arena while the next window is being leased (and loaded), gives
+//! the leases back. A run of any length holds two windows at most; dropping the stream gives back what it holds.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use tender_proto::{BlockKey, Shard, convert, wire};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys};
+use super::session::Session;
+use super::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
+use crate::device::memory::Arena;
+use crate::driver::Undo;
+use crate::index::events::Place;
+use crate::index::ids::TenantId;
+use crate::{limits, telemetry};
+
+use wire::GetEndReason;
+use wire::get_reply::Part;
+
+/// Bytes of one message of data: several fit into the window of a stream, so that copying here and sending overlap.
+const DATA_BYTES: usize = 512 << 10;
+
+/// A checked request.
+#[derive(Clone)]
+struct Run {
+    session: Arc<Session>,
+    keys: Arc<Vec<BlockKey>>,
+    shard: Shard,
+    until: tokio::time::Instant,
+}
+
+/// Leased blocks and what gives them back.
+struct Window {
+    acquired: Acquired,
+    undo: Option<Undo>,
+}
+
+type Replies = mpsc::Sender<Result<wire::GetReply, Status>>;
+
+impl BlocksServer {
+    pub(super) fn get_stream(
+        &self,
+        tenant: TenantId,
+        request: wire::GetRequest,
+    ) -> Result<ReplyStream<wire::GetReply>, Status> {
+        let session = self.session(request.attachment, tenant)?;
+        let keys = Arc::new(keys(&request.keys)?);
+        let shard = convert::shard(&session.layout, request.shard).map_err(invalid)?;
+        let until = tokio::time::Instant::now() + deadline(request.deadline_ms)?;
+        let (sender, receiver) = mpsc::channel(8);
+        let server = self.clone();
+        tokio::spawn(async move {
+            let start = Instant::now();
+            let done = server.get_run(Run { session, keys, shard, until }, &sender).await;
+            telemetry::request_done("get", start.elapsed());
+            if let Err(status) = done {
+                // A client that is gone needs no answer.
+                let _ = sender.send(Err(status)).await;
+            }
+        });
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+
+    async fn get_run(&self, run: Run, replies: &Replies) -> Result<(), Status> {
+        let mut sent = 0;
+        let mut window = self.acquire(run.clone(), 0).await?;
+        let reason = loop {
+            let taken = sent + window.acquired.blocks.len();
+            let end = window.acquired.end;
+            let last = end.is_some() || taken == run.keys.len();
+            // A spawned task, not a future polled beside: copying must not keep it from being asked for.
+            let next = (!last).then(|| {
+                let (server, run) = (self.clone(), run.clone());
+                tokio::spawn(async move { server.acquire(run, taken).await })
+            });
+            for (i, block) in (sent..).zip(&window.acquired.blocks) {
+                self.send_block(&run, i, block, replies).await?;
+            }
+            drop(window.undo.take());
+            sent = taken;
+            match (next, end) {
+                (Some(next), _) => {
+                    window = next.await.map_err(|error| Status::internal(format!("a window was not leased: {error}")))??;
+                    if window.acquired.blocks.is_empty() && window.acquired.end.is_none() {
+                        break GetEndReason::GetEndShed;
+                    }
+                }
+                (None, None) => break GetEndReason::GetEndComplete,
+                (None, Some(AcquireEnd::Miss)) => break GetEndReason::GetEndMiss,
+                (None, Some(AcquireEnd::Deadline)) => break GetEndReason::GetEndDeadline,
+                (None, Some(AcquireEnd::Shed)) => break GetEndReason::GetEndShed,
+            }
+        };
+        let end = wire::GetEnd { blocks: sent as u32, reason: reason.into() };
+        say(replies, Part::End(end)).await
+    }
+
+    async fn acquire(&self, run: Run, from: usize) -> Result<Window, Status> {
+        let session = &run.session;
+        let blocks = (limits::ACQUIRE_BYTES_MAX / session.layout.block_bytes()).max(1) as usize;
+        let keys = run.keys[from..].iter().take(blocks).copied().collect();
+        let verb =
+            Verb::Acquire { attachment: session.attachment, keys, bytes_max: limits::ACQUIRE_BYTES_MAX };
+        let wait = run.until.saturating_duration_since(tokio::time::Instant::now()).max(Duration::from_millis(1));
+        let answer = self.core.ask(session.tenant, wait, verb).await;
+        let answer = answer.map_err(|refusal| self.refused(session, refusal))?;
+        let Reply::Acquired(acquired) = answer.reply else {
+            return Err(Status::internal("the core did not answer the acquire"));
+        };
+        Ok(Window { acquired, undo: answer.undo })
+    }
+
+    async fn send_block(&self, run: &Run, index: usize, block: &Leased, replies: &Replies) -> Result<(), Status> {
+        let shard_bytes = run.session.layout.shard_bytes(run.shard.count);
+        let start = shard_bytes * u64::from(run.shard.index);
+        let pieces = pieces(&block.parts, start, start + shard_bytes);
+        let head = wire::GetBlock {
+            index: index as u32,
+            tier: match block.place {
+                Place::Host => wire::Tier::Host.into(),
+                Place::Disk => wire::Tier::Disk.into(),
+            },
+            bytes: shard_bytes,
+            parts: whole_parts(&pieces),
+        };
+        say(replies, Part::Block(head)).await?;
+        for Piece { part, from, to } in pieces {
+            let mut at = from;
+            while at < to {
+                let length = (to - at).min(DATA_BYTES);
+                say(replies, Part::Data(copy_out(self.core.arena(), part, at, length))).await?;
+                at += length;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The bytes `from..to` of a stored shard.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    part: &'a LeasedPart,
+    from: usize,
+    to: usize,
+}
+
+/// The pieces of stored shards that make up the bytes `start..end` of a block: canonical bytes are the shards end to end.
+fn pieces(parts: &[LeasedPart], start: u64, end: u64) -> Vec<Piece<'_>> {
+    let mut pieces = Vec::new();
+    let mut offset = 0;
+    for part in parts {
+        let bytes = u64::from(part.payload_bytes);
+        let (from, to) = (start.max(offset), end.min(offset + bytes));
+        if from < to {
+            pieces.push(Piece { part, from: (from - offset) as usize, to: (to - offset) as usize });
+        }
+        offset += bytes;
+    }
+    pieces
+}
+
+/// What the client can check: sums are of whole shards.
+fn whole_parts(pieces: &[Piece<'_>]) -> Vec<wire::Part> {
+    let whole = |piece: &Piece<'_>| piece.to - piece.from == piece.part.payload_bytes as usize;
+    if !pieces.iter().all(whole) {
+        return Vec::new();
+    }
+    let part = |piece: &Piece<'_>| wire::Part {
+        shard: Some(piece.part.shard.into()),
+        bytes: piece.part.payload_bytes.into(),
+        root: piece.part.root,
+    };
+    pieces.iter().map(part).collect()
+}
+
+fn copy_out(arena: &Arena, part: &LeasedPart, from: usize, length: usize) -> Bytes {
+    let mut bytes = BytesMut::zeroed(length);
+    arena.read(part.extent, from, &mut bytes);
+    bytes.freeze()
+}
+
+async fn say(replies: &Replies, part: Part) -> Result<(), Status> {
+    let reply = wire::GetReply { part: Some(part) };
+    replies.send(Ok(reply)).await.map_err(|_| Status::cancelled("the client is gone"))
+}

@@ -1,0 +1,125 @@
+//! Sockets: a Unix socket always, a loopback address if configured, nothing else while there is no encryption.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::Path;
+
+use tender_proto::wire;
+use tokio::net::{TcpListener, UnixListener};
+use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+
+use super::operator::OperatorServer;
+use super::server::BlocksServer;
+use crate::config::Config;
+use crate::limits;
+
+pub use super::operator::OperatorServer as Operators;
+
+/// A socket that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Somebody listens there.
+    #[error("a daemon already answers on socket {0}; stop it (`tender status` shows its process), or give this one another --socket")]
+    SocketTaken(String),
+    /// The system said no.
+    #[error("cannot listen on socket {path}: {source}; give a --socket in a folder that this user may write to")]
+    Socket {
+        /// Where.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// The system said no.
+    #[error("cannot listen on {address}: {source}; give another --listen")]
+    Address {
+        /// Where.
+        address: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The sockets, bound and not yet served.
+pub struct Listeners {
+    unix: UnixListener,
+    tcp: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Binds all sockets of a configuration. A socket file that nobody answers on is left from a daemon that was killed.
+    pub async fn bind(config: &Config) -> Result<Self, ListenError> {
+        let path = &config.socket;
+        let error = |source| ListenError::Socket { path: path.display().to_string(), source };
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(ListenError::SocketTaken(path.display().to_string()));
+        }
+        remove_stale(path).map_err(error)?;
+        if let Some(folder) = path.parent() {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(error)?;
+        }
+        let unix = UnixListener::bind(path).map_err(error)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(config.socket_mode)).map_err(error)?;
+        let tcp = match config.listen {
+            None => None,
+            Some(address) => Some(TcpListener::bind(address).await.map_err(|source| ListenError::Address {
+                address: address.to_string(),
+                source,
+            })?),
+        };
+        Ok(Self { unix, tcp })
+    }
+
+    /// Serves until `stop` is resolved, then lets what is under way finish.
+    pub async fn serve(
+        self,
+        blocks: BlocksServer,
+        operators: OperatorServer,
+        stop: tokio::sync::watch::Receiver<bool>,
+    ) -> Result<(), tonic::transport::Error> {
+        let stopped = |mut stop: tokio::sync::watch::Receiver<bool>| async move {
+            // A sender that is gone says the same.
+            let _ = stop.wait_for(|stop| *stop).await;
+        };
+        let unix = router(blocks.clone(), operators.clone())
+            .serve_with_incoming_shutdown(UnixListenerStream::new(self.unix), stopped(stop.clone()));
+        let tcp = async {
+            let Some(listener) = self.tcp else { return Ok(()) };
+            router(blocks, operators)
+                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped(stop))
+                .await
+        };
+        tokio::try_join!(unix, tcp).map(|_| ())
+    }
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path),
+        Ok(_) => Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no socket is in its place")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn router(blocks: BlocksServer, operators: OperatorServer) -> Router {
+    /// Windows of a stream and of a connection: a get of 16 MiB is under way while the next is leased.
+    const STREAM_WINDOW: u32 = 8 << 20;
+    const CONNECTION_WINDOW: u32 = 16 << 20;
+    /// Streams of one connection: a client may hold that many leases windows at once.
+    const STREAMS_MAX: u32 = 256;
+    let blocks = wire::blocks_server::BlocksServer::new(blocks)
+        .max_decoding_message_size(limits::REQUEST_BYTES_MAX)
+        .max_encoding_message_size(limits::REQUEST_BYTES_MAX);
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(1 << 20)
+        .max_concurrent_streams(STREAMS_MAX)
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
+        .add_service(blocks)
+        .add_service(wire::operator_server::OperatorServer::new(operators))
+}

@@ -1,0 +1,358 @@
+//! A daemon, from configuration to the last flush: what was recovered, which threads run, when it stops.
+
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tender_proto::TenantSalt;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::clock::Clock;
+use crate::config::{Config, Geometry};
+use crate::device::block::file::{OpenError, TierFile};
+use crate::device::block::{self, BlockDevice};
+use crate::device::memory::{Arena, Extent};
+use crate::doctor::{Finding, Verdict};
+use crate::driver::Driver;
+use crate::index::ids::TenantId;
+use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
+use crate::request::identity::{Identities, TokenError};
+use crate::request::listen::{ListenError, Listeners, Operators};
+use crate::request::server::{BlocksServer, random};
+use crate::request::verb::Verb;
+use crate::size::Size;
+use crate::tier::disk::format::Superblock;
+use crate::tier::disk::recover::{self, RecoverError};
+use crate::{doctor, limits, telemetry};
+
+/// Why a daemon does not start. Each says what, why, and the cure.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A token file.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// A socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// A tier file.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// What a tier file holds.
+    #[error("tier file {path}: {source}")]
+    Recover {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: RecoverError,
+    },
+    /// A folder.
+    #[error("cannot make folder {path}: {source}; give a --dir that this user may write to")]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Memory.
+    #[error("cannot reserve {size} of memory: {source}; give less with --host")]
+    Memory {
+        /// How much.
+        size: Size,
+        /// Why.
+        source: io::Error,
+    },
+    /// The secret of the salts.
+    #[error("cannot read salt_secret_file {path}: {source}")]
+    Secret {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The log's filter.
+    #[error("log is `{0}`: {1}; write a level such as info, or a filter such as info,tender_kvstore=debug")]
+    Log(String, String),
+    /// The metrics page.
+    #[error("cannot serve metrics on {0}: {1}; give another --metrics, or none")]
+    Metrics(std::net::SocketAddr, String),
+    /// Threads, runtime, serving.
+    #[error("the system refuses a thread or a socket: {0}")]
+    System(io::Error),
+}
+
+/// Name of the tier file in the folder of that number.
+pub fn tier_file_name(index: u32) -> String {
+    format!("tender-{index}.tier")
+}
+
+/// Runs a daemon until SIGTERM or SIGINT; then writes back what is only in memory, for a while, and returns.
+pub fn serve(config: Config) -> Result<(), StartError> {
+    telemetry::start_log(&config.log, config.log_format).map_err(|error| StartError::Log(config.log.clone(), error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
+        .thread_name("tender-grpc")
+        .enable_all()
+        .build()
+        .map_err(StartError::System)?;
+    runtime.block_on(run(config))
+}
+
+/// What the files are, once open.
+struct Disks {
+    devices: Vec<Box<dyn BlockDevice>>,
+    recovered: Vec<RecoveredFile>,
+    page_key: [u8; 32],
+    depth: usize,
+    findings: Vec<Finding>,
+}
+
+async fn run(config: Config) -> Result<(), StartError> {
+    let clock = Clock::start();
+    let identities = Arc::new(Identities::load(&config.tenants)?);
+    let salts = salts(&config)?;
+    // The socket first: it tells a second daemon apart from one whose files are merely still locked.
+    let listeners = Listeners::bind(&config).await?;
+    let Geometry { segment_bytes, segment_count } = config.host;
+    let arena = Arena::new(segment_bytes, segment_count);
+    let arena = Arc::new(arena.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?);
+    let mut findings = doctor::doctor(&config);
+    findings.retain(|finding| finding.what != "socket");
+    let disks = match config.disk {
+        None => None,
+        Some(geometry) => Some(open_disks(&config, geometry, &arena)?),
+    };
+    let core_config = core_config(&config, salts, disks.as_ref());
+    let mut core = Core::new(core_config);
+    let mut devices = Vec::new();
+    if let Some(disks) = disks {
+        for warning in core.recover(disks.recovered) {
+            tracing::warn!("{warning}");
+        }
+        findings.extend(disks.findings);
+        devices = disks.devices;
+    }
+    let recovered = core.counters().recovered_blocks;
+    let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
+    let (driver, handle) = driver.map_err(StartError::System)?;
+    let core_thread = std::thread::Builder::new().name("tender-core".to_owned()).spawn(move || driver.run());
+    let core_thread = core_thread.map_err(StartError::System)?;
+    if let Some(address) = config.metrics {
+        telemetry::start_metrics(address).map_err(|error| StartError::Metrics(address, error))?;
+    }
+    let epoch = random();
+    let config = Arc::new(config);
+    greet(&config, &findings, recovered);
+    let blocks = BlocksServer::new(handle.clone(), Arc::clone(&identities), epoch);
+    let operators = Operators {
+        core: handle.clone(),
+        identities,
+        config: Arc::clone(&config),
+        findings: Arc::new(findings),
+        epoch,
+    };
+    let (stop, stopped) = watch::channel(false);
+    let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
+    wait_for_signal().await.map_err(StartError::System)?;
+    tracing::info!("stopping: writing back what is only in memory, for at most {} s", limits::DRAIN.as_secs());
+    // Whatever the drain did not manage in its time is a miss after the next start.
+    let _ = handle.ask(TenantId(0), limits::DRAIN, Verb::Drain).await;
+    stop.send_replace(true);
+    /// Streams that clients hold open (watches) end with the process.
+    const LAST_WORDS: Duration = Duration::from_secs(1);
+    let _ = tokio::time::timeout(LAST_WORDS, server).await;
+    let _ = std::fs::remove_file(&config.socket);
+    handle.stop();
+    let _ = tokio::task::spawn_blocking(move || core_thread.join()).await;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn wait_for_signal() -> io::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+fn salts(config: &Config) -> Result<Vec<TenantSalt>, StartError> {
+    let secret = match &config.salt_secret_file {
+        None => Vec::new(),
+        Some(path) => {
+            std::fs::read(path).map_err(|source| StartError::Secret { path: path.clone(), source })?
+        }
+    };
+    Ok(config.tenants.iter().map(|tenant| TenantSalt::of_tenant(&secret, &tenant.name)).collect())
+}
+
+fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -> CoreConfig {
+    let tenants = config.tenants.iter().zip(salts).map(|(tenant, salt)| TenantConfig {
+        name: tenant.name.clone(),
+        salt,
+        host_quota_bytes: tenant.host_quota.map(|size| size.0),
+        disk_quota_bytes: tenant.disk_quota.map(|size| size.0),
+    });
+    let file_count = config.dirs.len() as u32;
+    let disk = config.disk.zip(disks).map(|(geometry, disks)| DiskConfig {
+        segment_bytes: geometry.segment_bytes,
+        segment_count: geometry.segment_count * file_count,
+        file_count,
+        depth: disks.depth,
+        page_key: disks.page_key,
+    });
+    CoreConfig {
+        tenants: tenants.collect(),
+        host_segment_bytes: config.host.segment_bytes,
+        host_segment_count: config.host.segment_count,
+        disk,
+        write_bytes_per_day: config.write_budget_per_day.map(|size| size.0),
+        allow_public: config.allow_public,
+        seed: random(),
+    }
+}
+
+fn open_disks(config: &Config, geometry: Geometry, arena: &Arc<Arena>) -> Result<Disks, StartError> {
+    let mut disks =
+        Disks { devices: Vec::new(), recovered: Vec::new(), page_key: [0; 32], depth: usize::MAX, findings: Vec::new() };
+    let mut identity = None;
+    for (dir, index) in config.dirs.iter().zip(0u32..) {
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(|source| StartError::Folder { path: dir.clone(), source })?;
+        let path = dir.join(tier_file_name(index));
+        let opened = TierFile::open(&path, geometry.file_bytes(), limits::LOCK_WAIT)?;
+        let mut file = opened.file;
+        let wanted = Superblock {
+            file_index: index,
+            file_count: config.dirs.len() as u32,
+            segment_count: geometry.segment_count,
+            segment_bytes: geometry.segment_bytes,
+            identity: [0; 16],
+            page_key: [0; 32],
+        };
+        let found = read_store(&mut file, &path, &wanted, &mut identity)?;
+        disks.recovered.push(found);
+        let (device, depth) = open_device(&file, arena, opened.fresh, &mut disks.findings, &path)?;
+        disks.depth = disks.depth.min(depth);
+        disks.devices.push(device);
+    }
+    disks.page_key = identity.map_or([0; 32], |(_, page_key)| page_key);
+    Ok(disks)
+}
+
+/// Identity and page key of a store.
+type StoreIdentity = ([u8; 16], [u8; 32]);
+
+/// Reads what a file held; makes a new one part of the store.
+fn read_store(
+    file: &mut TierFile,
+    path: &Path,
+    wanted: &Superblock,
+    identity: &mut Option<StoreIdentity>,
+) -> Result<RecoveredFile, StartError> {
+    let error = |source| StartError::Recover { path: path.to_owned(), source };
+    let found = recover::superblock(file).map_err(error)?;
+    let Some(found) = found else {
+        let (identity, page_key) = *identity.get_or_insert_with(new_identity);
+        let superblock = Superblock { identity, page_key, ..wanted.clone() };
+        recover::initialize(file, &superblock).map_err(|source| error(source.into()))?;
+        return Ok(RecoveredFile::default());
+    };
+    let (store, page_key) = *identity.get_or_insert((found.identity, found.page_key));
+    let expected = Superblock { identity: store, page_key, ..wanted.clone() };
+    if found != expected {
+        let geometry = |superblock: &Superblock| {
+            format!(
+                "file {} of {} with {} segments of {} (store {:02x?})",
+                superblock.file_index,
+                superblock.file_count,
+                superblock.segment_count,
+                Size(superblock.segment_bytes),
+                &superblock.identity[..4]
+            )
+        };
+        return Err(error(RecoverError::Geometry { found: geometry(&found), wanted: geometry(&expected) }));
+    }
+    let mut recovered = RecoveredFile::default();
+    let segments = &mut recovered.segments;
+    recovered.counter = recover::directories(file, &found, |segment| segments.push(segment)).map_err(error)?;
+    Ok(recovered)
+}
+
+fn new_identity() -> StoreIdentity {
+    let words: [u64; 6] = std::array::from_fn(|_| random());
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let (mut identity, mut page_key) = ([0; 16], [0; 32]);
+    identity.copy_from_slice(&bytes[..16]);
+    page_key.copy_from_slice(&bytes[16..]);
+    (identity, page_key)
+}
+
+/// Opens the device and finds the depth that it wants. A new file has nothing to read: the disk is not even asked.
+fn open_device(
+    file: &TierFile,
+    arena: &Arc<Arena>,
+    fresh: bool,
+    findings: &mut Vec<Finding>,
+    path: &Path,
+) -> Result<(Box<dyn BlockDevice>, usize), StartError> {
+    /// Most requests in flight on one file.
+    const DEPTH_MAX: usize = 64;
+    /// Reads of the probe: the middle of what blocks are.
+    const PROBE_BYTES: u32 = 256 << 10;
+    let (mut device, refused) = block::open_device(file, Arc::clone(arena), DEPTH_MAX).map_err(StartError::System)?;
+    let mut depth = block::probe::DEPTH_UNPROBED;
+    let mut measured = String::new();
+    let scratch_bytes = (DEPTH_MAX as u64 * u64::from(PROBE_BYTES)).min(arena.segment_bytes());
+    if !fresh {
+        // Nothing is in the arena yet, so its first segment can be read into.
+        let scratch = Extent { segment: 0, offset: 0, bytes: scratch_bytes as u32 };
+        let bytes = block::PageFile::bytes(file);
+        let probe = block::probe::probe_depth(device.as_mut(), bytes, scratch, PROBE_BYTES, random());
+        depth = probe.depth;
+        measured = format!(", reads {:.1} GB/s", probe.read_bytes_per_s as f64 / 1e9);
+    }
+    let depth = depth.clamp(1, device.depth());
+    let what = format!("tier file {}", path.display());
+    let found = format!("{}, depth {depth}{measured}", device.describe());
+    let (verdict, cure) = match (refused, file.is_direct()) {
+        (Some(refused), _) => (Verdict::Fallback, format!("io_uring: {refused}")),
+        (None, false) => (Verdict::Fallback, "O_DIRECT is refused here: put --dir on ext4 or xfs".to_owned()),
+        (None, true) => (Verdict::Good, String::new()),
+    };
+    findings.push(Finding { what, found, verdict, cure });
+    Ok((device, depth))
+}
+
+fn greet(config: &Config, findings: &[Finding], recovered: u64) {
+    for finding in findings.iter().filter(|finding| finding.verdict != Verdict::Good) {
+        tracing::warn!("{}: {}. {}", finding.what, finding.found, finding.cure);
+    }
+    let disk = match config.disk {
+        None => "no disk".to_owned(),
+        Some(disk) => {
+            let dirs: Vec<String> = config.dirs.iter().map(|dir| dir.display().to_string()).collect();
+            format!("{} of disk in {}", Size(disk.bytes() * config.dirs.len() as u64), dirs.join(", "))
+        }
+    };
+    let socket = config.socket.display();
+    eprintln!("tender {}: {} of host memory, {disk}", env!("CARGO_PKG_VERSION"), Size(config.host.bytes()));
+    if recovered > 0 {
+        eprintln!("  recovered   {recovered} blocks from disk");
+    }
+    eprintln!("  socket      {socket}");
+    if let Some(address) = config.listen {
+        eprintln!("  address     {address} (with a token)");
+    }
+    if let Some(address) = config.metrics {
+        eprintln!("  metrics     http://{address}/metrics");
+    }
+    if config.socket == crate::config::default_socket() {
+        eprintln!("  try next    tender status");
+    } else {
+        eprintln!("  try next    tender status --socket {socket}");
+    }
+}

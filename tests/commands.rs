@@ -1,0 +1,190 @@
+//! The other commands, from the command line: what was asked is done or refused with the cure, and never anything in between.
+
+#[expect(dead_code, reason = "each test file uses what it needs")]
+mod support;
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use support::{Daemon, last_object, processes_naming, run, signal, stderr, stdout, tender, wait, wait_until};
+use tempfile::TempDir;
+
+const MODEL: [&str; 6] = ["--model", "m", "--block-tokens", "4", "--block-bytes", "4KiB"];
+const TOKENS: [&str; 2] = ["--tokens", "1 2 3 4 5 6 7 8 9 10 11 12 13"];
+
+#[test]
+fn without_a_daemon_every_client_command_says_how_to_get_one() {
+    let folder = TempDir::new().unwrap();
+    let socket = folder.path().join("nobody.sock");
+    let cases: [(&str, Vec<&str>); 6] = [
+        ("status", vec![]),
+        ("watch", vec![]),
+        ("lookup", [&MODEL[..], &TOKENS].concat()),
+        ("get", [&MODEL[..], &TOKENS].concat()),
+        ("put", [&MODEL[..], &TOKENS, &["--generate"]].concat()),
+        ("purge", [&MODEL[..], &TOKENS].concat()),
+    ];
+    for (subcommand, arguments) in cases {
+        let output = run(tender().arg(subcommand).arg("--socket").arg(&socket).args(arguments));
+        assert_eq!(output.status.code(), Some(1), "{subcommand}");
+        let said = stderr(&output);
+        assert!(said.contains("nobody.sock") && said.contains("tender serve"), "{subcommand}: {said}");
+        assert!(!said.contains("panicked") && stdout(&output).is_empty(), "{subcommand}: {said}");
+    }
+}
+
+#[test]
+fn what_was_put_is_got_looked_up_and_purged() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    let asked = |subcommand: &str, more: &[&str]| run(daemon.client(subcommand).args(MODEL).args(more).arg("--json"));
+    let payload: Vec<u8> = (0..3 * 4096u32).map(|i| (i / 7 + i) as u8).collect();
+    let (source, target) = (folder.path().join("source"), folder.path().join("target"));
+    fs::write(&source, &payload).unwrap();
+    let (source, target_shown) = (source.to_str().unwrap(), target.to_str().unwrap());
+
+    let put = last_object(&asked("put", &[&TOKENS[..], &["--payload", source]].concat()));
+    assert_eq!((put["blocks"].as_u64(), put["stored_blocks"].as_u64()), (Some(3), Some(3)));
+    let put = last_object(&asked("put", &[&TOKENS[..], &["--payload", source]].concat()));
+    assert_eq!(put["already_present_blocks"].as_u64(), Some(3));
+
+    let got = last_object(&asked("get", &[&TOKENS[..], &["-o", target_shown]].concat()));
+    assert_eq!((got["got_blocks"].as_u64(), got["end"].as_str()), (Some(3), Some("complete")));
+    assert_eq!(fs::read(&target).unwrap(), payload);
+    let printed = asked("get", &[&TOKENS[..], &["-o", "-"]].concat());
+    assert!(printed.status.success() && printed.stdout == payload);
+
+    let longer = ["--tokens", "[1, 2, 3, 4, 5, 6, 7, 8, 99, 99, 99, 99]"];
+    let found = last_object(&asked("lookup", &longer));
+    assert_eq!((found["blocks"].as_u64(), found["prefix_blocks"].as_u64()), (Some(3), Some(2)));
+    assert_eq!(found["prefix_tokens"].as_u64(), Some(8));
+    let part = asked("get", &longer);
+    assert_eq!(part.status.code(), Some(1), "not all blocks are there");
+    assert!(stdout(&part).contains("\"got_blocks\":2"));
+
+    let purged = last_object(&asked("purge", &TOKENS));
+    assert_eq!((purged["purged_blocks"].as_u64(), purged["complete"].as_bool()), (Some(3), Some(true)));
+    assert_eq!(last_object(&asked("lookup", &TOKENS))["prefix_blocks"].as_u64(), Some(0));
+}
+
+#[test]
+fn a_whole_namespace_is_purged_only_with_a_yes() {
+    let daemon = Daemon::start();
+    let asked = |subcommand: &str, more: &[&str]| run(daemon.client(subcommand).args(MODEL).args(more).arg("--json"));
+    let text = ["--text", "a prompt of several blocks"];
+    assert_eq!(last_object(&asked("put", &[&text[..], &["--generate"]].concat()))["stored_blocks"].as_u64(), Some(6));
+    assert_eq!(asked("purge", &["--namespace"]).status.code(), Some(2));
+    assert_eq!(last_object(&asked("lookup", &text))["prefix_blocks"].as_u64(), Some(6));
+    assert_eq!(last_object(&asked("purge", &["--namespace", "--yes"]))["purged_blocks"].as_u64(), Some(6));
+    let nothing = asked("purge", &[]);
+    assert!(nothing.status.code() == Some(1) && stderr(&nothing).contains("--tokens"));
+}
+
+#[test]
+fn bytes_and_tokens_that_do_not_belong_together_are_refused() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    let source = folder.path().join("source");
+    fs::write(&source, [0; 4096 * 2]).unwrap();
+    let source = source.to_str().unwrap();
+    let cases: [(&[&str], &str); 4] = [
+        (
+            &["--tokens", "1 2 3 4 5 6 7 8 9 10 11 12", "--payload", source],
+            "8192 bytes, but the whole blocks of these tokens need 12288",
+        ),
+        (&["--tokens", "1 2 3", "--generate"], "3 tokens came, but a block has 4"),
+        (&["--tokens", "1 2 x 4", "--generate"], "token 2 is `x`"),
+        (&["--tokens-file", "/nowhere/tokens", "--generate"], "/nowhere/tokens"),
+    ];
+    for (arguments, says) in cases {
+        let output = run(daemon.client("put").args(MODEL).args(arguments));
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}");
+        assert!(stderr(&output).contains(says), "{arguments:?}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn status_shows_a_table_or_an_object() {
+    let daemon = Daemon::start();
+    let object = last_object(&run(daemon.client("status").arg("--json")));
+    let tiers: Vec<_> = object["tiers"].as_array().unwrap().iter().map(|tier| tier["tier"].as_str().unwrap()).collect();
+    assert!(tiers.contains(&"host"), "{object}");
+    assert!(object["process_id"].as_u64().is_some() && object["uptime_ms"].as_u64().is_some());
+    let table = run(&mut daemon.client("status"));
+    assert!(table.status.success() && stdout(&table).contains("host"), "{}", stdout(&table));
+}
+
+#[test]
+fn doctor_works_with_a_daemon_and_without() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    for socket in [daemon.socket.clone(), folder.path().join("nobody.sock")] {
+        let mut command = tender();
+        let output =
+            run(command.arg("doctor").arg("--socket").arg(&socket).arg("--dir").arg(folder.path()).arg("--json"));
+        assert!(matches!(output.status.code(), Some(0 | 1)), "{}", stderr(&output));
+        let findings: Vec<serde_json::Value> =
+            stdout(&output).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert!(!findings.is_empty(), "{}", stderr(&output));
+        let is_bad = findings.iter().any(|finding| finding["verdict"] == "BAD");
+        assert_eq!(output.status.code(), Some(i32::from(is_bad)));
+        assert!(findings.iter().all(|finding| finding["verdict"] == "good" || finding["cure"] != ""), "{findings:?}");
+    }
+}
+
+#[test]
+fn watch_tells_of_blocks_that_come() {
+    let daemon = Daemon::start();
+    let mut watch = daemon.client("watch").arg("--json").stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let synced = lines.find(|line| line.contains("\"synced\"")).unwrap();
+    assert!(synced.contains("\"sequence\":"), "{synced}");
+    let put = run(daemon.client("put").args(MODEL).args(TOKENS).arg("--generate"));
+    assert!(put.status.success());
+    let added: Vec<_> = lines.filter(|line| line.contains("\"added\"") && line.contains("\"host\"")).take(3).collect();
+    assert!(added.iter().all(|line| line.contains("\"block_bytes\":4096")), "{added:?}");
+    watch.kill().unwrap();
+    watch.wait().unwrap();
+    let counted = run(daemon.client("watch").args(["--count", "4"]));
+    assert_eq!(stdout(&counted).lines().count(), 4);
+}
+
+#[test]
+fn a_reader_that_has_had_enough_ends_a_command_quietly() {
+    let daemon = Daemon::start();
+    let mut command = daemon.client("status");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = wait(child);
+    assert_eq!(stderr(&output), "");
+    assert!(matches!(output.status.code(), Some(0 | 141)), "{}", output.status);
+}
+
+#[test]
+fn the_demo_proves_its_bytes_and_cleans_up() {
+    let scratch = TempDir::new().unwrap();
+    let began = Instant::now();
+    let object = last_object(&run(tender().arg("demo").arg("--json").arg("--dir").arg(scratch.path())));
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    assert_eq!(object["wrong_bytes"].as_u64(), Some(0));
+    assert!(object["tokens_saved"].as_u64().unwrap() > 0);
+    assert!(object["before_restart"]["requests"].as_u64().unwrap() > 0);
+    assert!(object["after_restart"]["hit_blocks_disk"].as_u64().unwrap() > 0, "{object}");
+    assert!(fs::read_dir(scratch.path()).unwrap().next().is_none(), "something was left behind");
+}
+
+#[test]
+fn an_interrupted_demo_leaves_nothing_behind() {
+    let scratch = TempDir::new().unwrap();
+    let mut command = tender();
+    command.arg("demo").arg("--dir").arg(scratch.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    wait_until("the demo's daemon", || !processes_naming(scratch.path()).iter().all(|process| *process == child.id()));
+    signal(child.id(), "INT");
+    let output = wait(child);
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    wait_until("the end of its daemon", || processes_naming(scratch.path()).is_empty());
+    assert!(fs::read_dir(scratch.path()).unwrap().next().is_none(), "something was left behind");
+}
