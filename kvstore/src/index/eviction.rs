@@ -1,96 +1,101 @@
-//! In which order blocks go: a list per shelf of a tier, behind a trait, because better orders than LRU exist.
+//! In which order blocks go: per shelf of a tier, behind a trait, because better orders than LRU exist.
+
+use std::collections::BTreeMap;
 
 use super::ids::NodeId;
 use crate::tier::slab::ShelfId;
 
-/// Orders the nodes that have a copy in one tier. Owns no bytes and decides nothing: whether a node may go (leased, inner, not yet
-/// written) is the index's to say.
+/// Orders the nodes that have a copy in one tier. Only leaves (nodes without a child in that tier) are candidates, so that a long chain
+/// does not hide them. Owns no bytes and decides nothing: whether a candidate may go (leased, being written, holding up another tier) is
+/// the index's to say. Nodes are told to it in this order: `enter`, then any of the others, then `leave`.
 pub trait Eviction: Send {
-    /// A node that is in no list of this tier enters a shelf's list as its hottest.
-    fn insert(&mut self, shelf: ShelfId, node: NodeId, now_ms: u64);
+    /// A node got a copy in a shelf of this tier, which counts as a use.
+    fn enter(&mut self, node: NodeId, shelf: ShelfId, is_leaf: bool, now_ms: u64);
 
-    /// A node of that list was used, or turned out to be still needed.
-    fn touch(&mut self, shelf: ShelfId, node: NodeId, now_ms: u64);
+    /// A node was used, or turned out to be still needed. Of nodes used together the one used last goes last.
+    fn touch(&mut self, node: NodeId, now_ms: u64);
 
-    /// A node leaves that list.
-    fn remove(&mut self, shelf: ShelfId, node: NodeId);
+    /// A node lost its last child in this tier, or got its first.
+    fn set_leaf(&mut self, node: NodeId, is_leaf: bool);
 
-    /// The node that should go first. Stays in the list.
+    /// A node lost its copy.
+    fn leave(&mut self, node: NodeId);
+
+    /// The leaf that should go first. Stays where it is.
     fn coldest(&self, shelf: ShelfId) -> Option<NodeId>;
 
-    /// When the coldest was used last, to compare shelves by.
+    /// When that leaf was used last, to compare shelves by.
     fn coldest_use_ms(&self, shelf: ShelfId) -> Option<u64>;
 }
 
-/// Least recently used first. A chain is touched from its leaf to its root, so that of one chain the leaf is always the coldest.
+/// Least recently used leaf first. A node that becomes a leaf takes the place that its own last use gives it.
 #[derive(Debug, Default)]
 pub struct Lru {
-    links: Vec<Links>,
-    lists: Vec<List>,
+    uses: Vec<Use>,
+    /// Per shelf: leaves by the number of their last use.
+    leaves: Vec<BTreeMap<u64, NodeId>>,
+    last_use: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Links {
-    hotter: NodeId,
-    colder: NodeId,
-    used_ms: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct List {
-    hottest: NodeId,
-    coldest: NodeId,
+struct Use {
+    number: u64,
+    at_ms: u64,
+    shelf: ShelfId,
+    is_leaf: bool,
 }
 
 impl Lru {
-    fn list(&mut self, shelf: ShelfId) -> &mut List {
+    fn leaves(&mut self, shelf: ShelfId) -> &mut BTreeMap<u64, NodeId> {
         let place = shelf.0 as usize;
-        if self.lists.len() <= place {
-            self.lists.resize(place + 1, List { hottest: NodeId::NONE, coldest: NodeId::NONE });
+        if self.leaves.len() <= place {
+            self.leaves.resize(place + 1, BTreeMap::new());
         }
-        &mut self.lists[place]
+        &mut self.leaves[place]
     }
 }
 
 impl Eviction for Lru {
-    fn insert(&mut self, shelf: ShelfId, node: NodeId, now_ms: u64) {
-        let hottest = std::mem::replace(&mut self.list(shelf).hottest, node);
-        if hottest == NodeId::NONE {
-            self.list(shelf).coldest = node;
+    fn enter(&mut self, node: NodeId, shelf: ShelfId, is_leaf: bool, now_ms: u64) {
+        self.last_use += 1;
+        let entered = Use { number: self.last_use, at_ms: now_ms, shelf, is_leaf };
+        if self.uses.len() <= node.place() {
+            self.uses.resize(node.place() + 1, Use { number: 0, at_ms: 0, shelf, is_leaf: false });
+        }
+        self.uses[node.place()] = entered;
+        if is_leaf {
+            self.leaves(shelf).insert(entered.number, node);
+        }
+    }
+
+    fn touch(&mut self, node: NodeId, now_ms: u64) {
+        let Use { shelf, is_leaf, .. } = self.uses[node.place()];
+        self.leave(node);
+        self.enter(node, shelf, is_leaf, now_ms);
+    }
+
+    fn set_leaf(&mut self, node: NodeId, is_leaf: bool) {
+        let Use { number, shelf, .. } = self.uses[node.place()];
+        self.uses[node.place()].is_leaf = is_leaf;
+        if is_leaf {
+            self.leaves(shelf).insert(number, node);
         } else {
-            self.links[hottest.place()].hotter = node;
+            self.leaves(shelf).remove(&number);
         }
-        let links = Links { hotter: NodeId::NONE, colder: hottest, used_ms: now_ms };
-        if self.links.len() <= node.place() {
-            let none = Links { hotter: NodeId::NONE, colder: NodeId::NONE, used_ms: 0 };
-            self.links.resize(node.place() + 1, none);
-        }
-        self.links[node.place()] = links;
     }
 
-    fn touch(&mut self, shelf: ShelfId, node: NodeId, now_ms: u64) {
-        self.remove(shelf, node);
-        self.insert(shelf, node, now_ms);
-    }
-
-    fn remove(&mut self, shelf: ShelfId, node: NodeId) {
-        let Links { hotter, colder, .. } = self.links[node.place()];
-        match hotter {
-            NodeId::NONE => self.list(shelf).hottest = colder,
-            hotter => self.links[hotter.place()].colder = colder,
-        }
-        match colder {
-            NodeId::NONE => self.list(shelf).coldest = hotter,
-            colder => self.links[colder.place()].hotter = hotter,
+    fn leave(&mut self, node: NodeId) {
+        let Use { number, shelf, is_leaf, .. } = self.uses[node.place()];
+        if is_leaf {
+            self.leaves(shelf).remove(&number);
         }
     }
 
     fn coldest(&self, shelf: ShelfId) -> Option<NodeId> {
-        let coldest = self.lists.get(shelf.0 as usize)?.coldest;
-        (coldest != NodeId::NONE).then_some(coldest)
+        self.leaves.get(shelf.0 as usize)?.first_key_value().map(|(_, node)| *node)
     }
 
     fn coldest_use_ms(&self, shelf: ShelfId) -> Option<u64> {
-        self.coldest(shelf).map(|node| self.links[node.place()].used_ms)
+        self.coldest(shelf).map(|node| self.uses[node.place()].at_ms)
     }
 }

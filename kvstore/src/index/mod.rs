@@ -4,7 +4,7 @@
 //! Invariants, checked by [`Index::check`]:
 //! * a node exists while it has a copy, is being filled, or has children;
 //! * its `children` count, per tier, the children with a copy there (a block being filled counts as one in host memory);
-//! * a node is in a tier's order exactly while it has a copy in that tier;
+//! * a node is in a tier's order exactly while it has a copy in that tier, and a candidate there exactly while no child has;
 //! * victims are leaves of their tier, and nothing leaves the union of the tiers while a child is in it, so that what is present
 //!   hangs together. Where a copy is lost all the same (a fault, a segment that changes owner), the node stays as a ghost: its
 //!   subtree is dead in O(1), goes before anything else, and lives again if the block is put again.
@@ -194,8 +194,19 @@ impl Index {
         let held = self.held(node);
         let record = &mut self.nodes[node.place()];
         (record.parent, record.next_sibling) = (parent, sibling);
-        for (count, held) in self.nodes[parent.place()].children.iter_mut().zip(held) {
-            *count += u32::from(held);
+        self.count_child(parent, [false; 2], held);
+    }
+
+    /// A child of `parent` was held in these tiers, and is in those now.
+    fn count_child(&mut self, parent: NodeId, before: [bool; 2], after: [bool; 2]) {
+        for place in 0..2 {
+            let record = &mut self.nodes[parent.place()];
+            let was_leaf = record.children[place] == 0;
+            record.children[place] = record.children[place] + u32::from(after[place]) - u32::from(before[place]);
+            let is_leaf = record.children[place] == 0;
+            if was_leaf != is_leaf && record.copies[place] != SlotId::NONE {
+                self.orders[place].set_leaf(parent, is_leaf);
+            }
         }
     }
 
@@ -219,10 +230,7 @@ impl Index {
         let (after, is_present) = (self.held(node), self.node(node).is_present());
         let Node { parent, namespace, .. } = *self.node(node);
         if parent != NodeId::NONE {
-            for place in 0..2 {
-                let count = &mut self.nodes[parent.place()].children[place];
-                *count = *count + u32::from(after[place]) - u32::from(before[place]);
-            }
+            self.count_child(parent, before, after);
         }
         let blocks = &mut self.namespaces.get_mut(namespace).blocks;
         *blocks = *blocks + u64::from(is_present) - u64::from(was_present);
@@ -271,15 +279,16 @@ impl Index {
     pub fn publish(&mut self, node: NodeId, place: Place, slot: SlotId, shelf: ShelfId, block_bytes: u32, now_ms: u64) {
         assert!(self.node(node).copy(place).is_none(), "a tier holds one copy of a block");
         self.change(node, |node| node.copies[place.at()] = slot);
-        self.orders[place.at()].insert(shelf, node, now_ms);
+        let is_leaf = self.node(node).children[place.at()] == 0;
+        self.orders[place.at()].enter(node, shelf, is_leaf, now_ms);
         self.blocks[place.at()] += 1;
         self.tell(node, place, true, block_bytes);
     }
 
     /// A copy leaves; returns its first slot. The node may be gone afterwards.
-    pub fn withdraw(&mut self, node: NodeId, place: Place, shelf: ShelfId, block_bytes: u32) -> SlotId {
+    pub fn withdraw(&mut self, node: NodeId, place: Place, block_bytes: u32) -> SlotId {
         let slot = self.node(node).copy(place).expect("only a copy that is there is withdrawn");
-        self.orders[place.at()].remove(shelf, node);
+        self.orders[place.at()].leave(node);
         self.blocks[place.at()] -= 1;
         self.tell(node, place, false, block_bytes);
         self.change(node, |node| node.copies[place.at()] = SlotId::NONE);
@@ -304,9 +313,13 @@ impl Index {
         if parent == NodeId::NONE { BlockKey::from_bytes([0; 32]) } else { self.node(parent).key }
     }
 
-    /// Blocks were used: touches them from the last to the first, so that of one chain the leaf goes first.
-    pub fn touch(&mut self, place: Place, shelf: ShelfId, node: NodeId, now_ms: u64) {
-        self.orders[place.at()].touch(shelf, node, now_ms);
+    /// A block was used, in every tier that holds it. Blocks of one chain are touched from the last to the first.
+    pub fn touch(&mut self, node: NodeId, now_ms: u64) {
+        for place in [Place::Host, Place::Disk] {
+            if self.node(node).copy(place).is_some() {
+                self.orders[place.at()].touch(node, now_ms);
+            }
+        }
     }
 
     /// The copy that should leave this shelf: the coldest that may go and that `free` finds unused. Those in front of it which may not
@@ -323,7 +336,7 @@ impl Index {
             if self.may_go(coldest, place) && free(coldest, self.node(coldest)) {
                 return Some(coldest);
             }
-            self.orders[place.at()].touch(shelf, coldest, now_ms);
+            self.orders[place.at()].touch(coldest, now_ms);
         }
         None
     }
@@ -360,7 +373,11 @@ impl Index {
                 return Some(child);
             }
             // A child that is being filled may bring the chain back to life; its siblings go by age like everything else.
-            if self.node(child).is_ghost() { self.dead.push(child) } else { drop(self.dead.pop()) }
+            if self.node(child).is_ghost() {
+                self.dead.push(child);
+            } else {
+                self.dead.pop();
+            }
         }
         None
     }
@@ -415,10 +432,10 @@ impl Index {
                 }
             }
             assert!(!node.is_ghost() || node.first_child != NodeId::NONE, "a node without copies or children is forgotten");
-            for place in [Place::Host, Place::Disk] {
+            for place in [Place::Host, Place::Disk].into_iter().filter(|place| node.children[place.at()] == 0) {
                 if let Some(slot) = node.copy(place) {
-                    let shelf = shelf_of(place, slot);
-                    assert!(self.orders[place.at()].coldest(shelf).is_some(), "a copy is in its shelf's order");
+                    let coldest = self.orders[place.at()].coldest(shelf_of(place, slot));
+                    assert!(coldest.is_some(), "a leaf is among its shelf's candidates");
                 }
             }
         }
@@ -428,3 +445,6 @@ impl Index {
         assert_eq!(self.table.len(), self.len(), "free nodes are not in the table");
     }
 }
+
+#[cfg(test)]
+mod tests;

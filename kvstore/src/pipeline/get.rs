@@ -84,7 +84,7 @@ impl Core {
             bytes_left = bytes_left.saturating_sub(block_bytes);
         }
         for &node in used.iter().rev() {
-            self.touch(node);
+            self.index.touch(node, self.now_ms);
             self.index.node_mut(node).reused = true;
         }
         if wait.loading == 0 {
@@ -246,7 +246,7 @@ impl Core {
             return PrefetchOutcome::Missing;
         };
         if self.index.node(node).copy(Place::Host).is_some() {
-            self.touch(node);
+            self.index.touch(node, self.now_ms);
             return PrefetchOutcome::Resident;
         }
         if !self.disk_usable() {
@@ -293,16 +293,6 @@ impl Core {
             if let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) {
                 wait.told_ms = now_ms;
                 actions.push(Action::Reply(id, Reply::Prefetch(wait.reply)));
-            }
-        }
-    }
-
-    /// A block was used, in every tier that holds it.
-    pub(super) fn touch(&mut self, node: NodeId) {
-        for place in [Place::Host, Place::Disk] {
-            if let Some(slot) = self.index.node(node).copy(place) {
-                let shelf = self.slab(place).shelf_of(slot);
-                self.index.touch(place, shelf, node, self.now_ms);
             }
         }
     }

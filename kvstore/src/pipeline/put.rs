@@ -100,7 +100,7 @@ impl Core {
     ) -> ReserveOutcome {
         let node = self.index.find_or_insert(under.namespace, key, parent);
         if self.index.node(node).is_present() || self.index.is_root(node) {
-            self.touch(node);
+            self.index.touch(node, self.now_ms);
             self.index.forget_if_unused(node);
             return ReserveOutcome::AlreadyPresent;
         }

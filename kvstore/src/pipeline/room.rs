@@ -246,14 +246,13 @@ impl Core {
     /// Takes a copy out of the index; its slots are the caller's to give back. The node may be gone afterwards.
     pub(super) fn withdraw(&mut self, node: NodeId, place: Place) -> Vec<SlotId> {
         let first = self.index.node(node).copy(place).expect("only a copy that is there is withdrawn");
-        let slab = self.slab(place);
-        let (shelf, slots) = (slab.shelf_of(first), slab.chain(first).collect());
+        let slots = self.slab(place).chain(first).collect();
         if self.index.node(node).copy(place.other()).is_none() {
             self.counters.lost_blocks += 1;
             self.worth.remember_lost(&self.index.node(node).key);
         }
         let block_bytes = self.block_bytes(node);
-        self.index.withdraw(node, place, shelf, block_bytes);
+        self.index.withdraw(node, place, block_bytes);
         slots
     }
 

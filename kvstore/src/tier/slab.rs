@@ -443,3 +443,6 @@ impl Slab {
         usage
     }
 }
+
+#[cfg(test)]
+mod tests;

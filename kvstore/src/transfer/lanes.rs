@@ -80,3 +80,6 @@ impl Lanes {
         self.in_flight.iter().sum()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -346,3 +346,6 @@ impl Directory {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

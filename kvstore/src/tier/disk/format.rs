@@ -300,3 +300,6 @@ pub fn tenant_tag(name: &str) -> [u8; 16] {
     tag.copy_from_slice(&blake3::hash(name.as_bytes()).as_bytes()[..16]);
     tag
 }
+
+#[cfg(test)]
+mod tests;
