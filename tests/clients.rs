@@ -1,9 +1,12 @@
 //! Every implementation of `BlockStore` keeps its promises.
 
 mod conformance;
+#[expect(dead_code, reason = "each test file uses what it needs")]
+mod support;
 
+use support::site::{Site, TOKEN, free_address};
 use tender_client::proto::{BlockLayout, Namespace};
-use tender_client::{Attach, InMemory, Null};
+use tender_client::{Attach, InMemory, Null, Remote, Target};
 
 fn any() -> Attach {
     Attach {
@@ -14,6 +17,9 @@ fn any() -> Attach {
     }
 }
 
+/// Memory for every size class of the suite: its namespaces all live in one daemon.
+const TIERS: [&str; 4] = ["--host", "512MiB", "--disk", "512MiB"];
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_memory_keeps_its_promises() {
     let store = InMemory::new(any());
@@ -23,4 +29,28 @@ async fn in_memory_keeps_its_promises() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn null_keeps_its_promises() {
     conformance::suite(async |attach| Null::new(attach), false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_over_its_socket_keeps_its_promises() {
+    let site = Site::new(&TIERS);
+    let daemon = site.start();
+    conformance::suite(async |attach| site.attach(attach).await, true).await;
+    daemon.at_rest().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_over_loopback_with_a_token_keeps_its_promises() {
+    let mut site = Site::new(&TIERS);
+    let address = free_address();
+    site.flag("--listen", address);
+    site.flag("--token-file", site.secret("token", TOKEN, 0o600).display());
+    let daemon = site.start();
+    let attach = async |attach| {
+        Remote::attach(Target::Loopback(address), Some(TOKEN.to_owned()), attach).await.unwrap()
+    };
+    conformance::suite(attach, true).await;
+    daemon.at_rest().await;
+    daemon.stop();
 }

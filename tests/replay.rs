@@ -1,5 +1,6 @@
 //! `tender replay`, from the command line: right counts, every byte compared, nothing left behind.
 
+#[expect(dead_code, reason = "each test file uses what it needs")]
 mod support;
 
 use std::collections::HashSet;

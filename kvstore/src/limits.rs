@@ -39,8 +39,9 @@ pub const ACQUIRE_BYTES_MAX: u64 = 16 << 20;
 /// Slots of one put held at once over gRPC: the same window.
 pub const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
-/// Loads from disk queued or in flight, over all requests; with 1 MiB blocks half a second of a fast disk.
-pub const LOADS_MAX: usize = 1_024;
+/// Loads from disk queued or in flight, over all requests: the leases' share (a quarter) of 4 GiB of host memory in 16 KiB blocks, at
+/// about 250 B of state each 16 MiB.
+pub const LOADS_MAX: usize = 65_536;
 
 /// Write-backs queued: a second of a disk at 64 KiB x 16,384/s. Beyond it a block stays in memory only.
 pub const WRITE_BACKS_MAX: usize = 16_384;

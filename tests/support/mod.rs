@@ -1,5 +1,9 @@
 //! The `tender` binary, run as a person would, and a daemon to run it against.
 
+pub mod blocks;
+pub mod site;
+pub mod wire;
+
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -99,6 +99,8 @@ pub struct PurgeWait {
 pub struct DrainWait {
     /// The next node to look at.
     pub next: u32,
+    /// It waits for writes before it looks at more.
+    pub is_stuck: bool,
     /// The flush that it waits for.
     pub cycle: Option<CycleId>,
 }

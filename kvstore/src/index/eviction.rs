@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::ids::NodeId;
 use crate::tier::slab::ShelfId;
 
-/// Orders the nodes that have a copy in one tier. Only leaves (nodes without a child in that tier) are candidates, so that a long chain
-/// does not hide them. Owns no bytes and decides nothing: whether a candidate may go (leased, being written, holding up another tier) is
+/// Orders the nodes that have a copy in one tier. Only leaves (what that is, the index says) are candidates, so that a long chain does
+/// not hide them. Owns no bytes and decides nothing: whether a candidate may go (leased, being written, holding up another tier) is
 /// the index's to say. Nodes are told to it in this order: `enter`, then any of the others, then `leave`.
 pub trait Eviction: Send {
     /// A node got a copy in a shelf of this tier, which counts as a use.
@@ -15,7 +15,7 @@ pub trait Eviction: Send {
     /// A node was used, or turned out to be still needed. Of nodes used together the one used last goes last.
     fn touch(&mut self, node: NodeId, now_ms: u64);
 
-    /// A node lost its last child in this tier, or got its first.
+    /// Whether a node is a leaf; may be said again.
     fn set_leaf(&mut self, node: NodeId, is_leaf: bool);
 
     /// A node lost its copy.
@@ -75,8 +75,11 @@ impl Eviction for Lru {
     }
 
     fn set_leaf(&mut self, node: NodeId, is_leaf: bool) {
-        let Use { number, shelf, .. } = self.uses[node.place()];
+        let Use { number, shelf, is_leaf: was_leaf, .. } = self.uses[node.place()];
         self.uses[node.place()].is_leaf = is_leaf;
+        if was_leaf == is_leaf {
+            return;
+        }
         if is_leaf {
             self.leaves(shelf).insert(number, node);
         } else {

@@ -3,8 +3,9 @@
 //!
 //! Invariants, checked by [`Index::check`]:
 //! * a node exists while it has a copy, is being filled, or has children;
-//! * its `children` count, per tier, the children with a copy there (a block being filled counts as one in host memory);
-//! * a node is in a tier's order exactly while it has a copy in that tier, and a candidate there exactly while no child has;
+//! * its `children` count, per tier, the children with a copy there (a block being filled counts as one in host memory), its
+//!   `idle_children` those whose copy in host memory nobody uses;
+//! * a node is in a tier's order exactly while it has a copy in that tier, and a candidate there exactly while it is a leaf;
 //! * victims are leaves of their tier, and nothing leaves the union of the tiers while a child is in it, so that what is present
 //!   hangs together. Where a copy is lost all the same (a fault, a segment that changes owner), the node stays as a ghost: its
 //!   subtree is dead in O(1), goes before anything else, and lives again if the block is put again.
@@ -40,12 +41,25 @@ pub struct Node {
     /// First slot of the copy that is being filled: shards reserved or already there, the block not yet whole.
     pub filling: SlotId,
     children: [u32; 2],
+    /// Children with a copy in host memory that nobody uses.
+    idle_children: u32,
+    /// Leases and write-backs that use the copy in host memory.
+    users: u32,
     /// A write-back is queued or under way.
     pub writing: bool,
     /// Was found in a tier since it was put; worth more than one that never was.
     pub reused: bool,
     /// A slot is being sought for it: it stays while others go.
     pub pinned: bool,
+}
+
+/// Where a node counts as its parent's child.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Held {
+    /// Per tier; a block being filled counts as one in host memory.
+    tiers: [bool; 2],
+    /// In host memory, and nobody uses it.
+    idle: bool,
 }
 
 /// The index of one node's tiers.
@@ -89,6 +103,15 @@ impl Node {
     /// Whether it can be found.
     pub fn is_present(&self) -> bool {
         self.copies != [SlotId::NONE; 2]
+    }
+
+    /// Whether nothing hangs on its copy in a tier. In host memory children in use do not count: they stay anyway, and their chain would
+    /// be stuck as long as its end is leased or being written. On disk all count, for the union of the tiers is to stay closed.
+    fn is_leaf(&self, place: Place) -> bool {
+        match place {
+            Place::Host => self.users == 0 && self.idle_children == 0,
+            Place::Disk => self.children[Place::Disk.at()] == 0,
+        }
     }
 
     fn is_ghost(&self) -> bool {
@@ -150,11 +173,21 @@ impl Index {
         let node = self.find(namespace, &key).unwrap_or_else(|| self.insert(namespace, key));
         if self.node(node).parent == NodeId::NONE && !self.is_root(node) {
             let parent = self.find(namespace, &parent).unwrap_or_else(|| self.insert(namespace, parent));
-            if parent != node {
+            if !self.is_under(parent, node) {
                 self.link(parent, node);
             }
         }
         node
+    }
+
+    /// Whether a block is another, or hangs under it. Keys come from clients, which may claim anything: in a ring nothing would ever be a
+    /// leaf. A block without children is looked at once, so this costs nothing but where a chain is put together from its end.
+    fn is_under(&self, node: NodeId, above: NodeId) -> bool {
+        if self.node(above).first_child == NodeId::NONE {
+            return node == above;
+        }
+        let parent = |&node: &NodeId| Some(self.node(node).parent).filter(|&parent| parent != NodeId::NONE);
+        std::iter::successors(Some(node), parent).any(|node| node == above)
     }
 
     fn insert(&mut self, namespace: NamespaceId, key: BlockKey) -> NodeId {
@@ -168,6 +201,8 @@ impl Index {
             copies: [SlotId::NONE; 2],
             filling: SlotId::NONE,
             children: [0; 2],
+            idle_children: 0,
+            users: 0,
             writing: false,
             reused: false,
             pinned: false,
@@ -191,30 +226,38 @@ impl Index {
         if sibling != NodeId::NONE {
             self.nodes[sibling.place()].previous_sibling = node;
         }
-        let held = self.held(node);
         let record = &mut self.nodes[node.place()];
         (record.parent, record.next_sibling) = (parent, sibling);
-        self.count_child(parent, [false; 2], held);
+        self.count_child(parent, Held::default(), self.held(node));
     }
 
-    /// A child of `parent` was held in these tiers, and is in those now.
-    fn count_child(&mut self, parent: NodeId, before: [bool; 2], after: [bool; 2]) {
-        for place in 0..2 {
-            let record = &mut self.nodes[parent.place()];
-            let was_leaf = record.children[place] == 0;
-            record.children[place] = record.children[place] + u32::from(after[place]) - u32::from(before[place]);
-            let is_leaf = record.children[place] == 0;
-            if was_leaf != is_leaf && record.copies[place] != SlotId::NONE {
-                self.orders[place].set_leaf(parent, is_leaf);
+    /// A child of `parent` was held like this, and is held like that now.
+    fn count_child(&mut self, parent: NodeId, before: Held, after: Held) {
+        let record = &mut self.nodes[parent.place()];
+        for (count, (before, after)) in record.children.iter_mut().zip(before.tiers.into_iter().zip(after.tiers)) {
+            *count = *count + u32::from(after) - u32::from(before);
+        }
+        record.idle_children = record.idle_children + u32::from(after.idle) - u32::from(before.idle);
+        self.reorder(parent);
+    }
+
+    /// Puts a node among the candidates of each tier, or takes it from there.
+    fn reorder(&mut self, node: NodeId) {
+        let record = self.nodes[node.place()];
+        for place in [Place::Host, Place::Disk] {
+            if record.copy(place).is_some() {
+                self.orders[place.at()].set_leaf(node, record.is_leaf(place));
             }
         }
     }
 
-    /// Where a node counts as its parent's child.
-    fn held(&self, node: NodeId) -> [bool; 2] {
+    fn held(&self, node: NodeId) -> Held {
         let node = self.node(node);
-        let host = node.copies[0] != SlotId::NONE || node.filling != SlotId::NONE;
-        [host, node.copies[1] != SlotId::NONE]
+        let on_host = node.copies[0] != SlotId::NONE;
+        Held {
+            tiers: [on_host || node.filling != SlotId::NONE, node.copies[1] != SlotId::NONE],
+            idle: on_host && node.users == 0,
+        }
     }
 
     /// The namespace's root: it has no bytes and is always there.
@@ -229,9 +272,10 @@ impl Index {
         change(&mut self.nodes[node.place()]);
         let (after, is_present) = (self.held(node), self.node(node).is_present());
         let Node { parent, namespace, .. } = *self.node(node);
-        if parent != NodeId::NONE {
+        if parent != NodeId::NONE && before != after {
             self.count_child(parent, before, after);
         }
+        self.reorder(node);
         let blocks = &mut self.namespaces.get_mut(namespace).blocks;
         *blocks = *blocks + u64::from(is_present) - u64::from(was_present);
         self.bury_or_forget(node);
@@ -278,9 +322,8 @@ impl Index {
     /// A copy became readable: it enters the tier's order and watchers are told.
     pub fn publish(&mut self, node: NodeId, place: Place, slot: SlotId, shelf: ShelfId, block_bytes: u32, now_ms: u64) {
         assert!(self.node(node).copy(place).is_none(), "a tier holds one copy of a block");
+        self.orders[place.at()].enter(node, shelf, false, now_ms);
         self.change(node, |node| node.copies[place.at()] = slot);
-        let is_leaf = self.node(node).children[place.at()] == 0;
-        self.orders[place.at()].enter(node, shelf, is_leaf, now_ms);
         self.blocks[place.at()] += 1;
         self.tell(node, place, true, block_bytes);
     }
@@ -341,17 +384,27 @@ impl Index {
         None
     }
 
-    /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed. From host memory it may
-    /// always go: where its children are on disk, it is written there first ([`Index::holds_up_disk`]).
+    /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed. From host memory it may go
+    /// although others hang on it: then it must be written to disk first ([`Index::is_needed`]).
     fn may_go(&self, node: NodeId, place: Place) -> bool {
         let node = self.node(node);
         let closed = place == Place::Host || node.copy(Place::Host).is_some() || node.children[Place::Host.at()] == 0;
-        !node.pinned && node.children[place.at()] == 0 && closed
+        !node.pinned && node.is_leaf(place) && closed
     }
 
-    /// Whether blocks on disk would be out of reach without this one.
-    pub fn holds_up_disk(&self, node: NodeId) -> bool {
-        self.node(node).children[Place::Disk.at()] > 0
+    /// Whether other blocks would be out of reach without this one.
+    pub fn is_needed(&self, node: NodeId) -> bool {
+        self.node(node).children != [0; 2]
+    }
+
+    /// Somebody begins to use a block's copy in host memory: it is no candidate until they are done.
+    pub fn begin_use(&mut self, node: NodeId) {
+        self.change(node, |node| node.users += 1);
+    }
+
+    /// That many are done with it.
+    pub fn end_use(&mut self, node: NodeId, users: u32) {
+        self.change(node, |node| node.users -= users);
     }
 
     /// When a shelf's coldest copy was used last.
@@ -422,17 +475,18 @@ impl Index {
 
     /// Every invariant of this file, for tests: counts and orders derived anew from the nodes.
     pub fn check(&self, shelf_of: impl Fn(Place, SlotId) -> ShelfId) {
-        let mut children = vec![[0u32; 2]; self.nodes.len()];
+        let mut children = vec![([0u32; 2], 0u32); self.nodes.len()];
         for id in self.table.iter().copied() {
             let node = self.node(id);
             assert_eq!(self.find(node.namespace, &node.key), Some(id), "a node is found by its key");
             if node.parent != NodeId::NONE {
-                for (count, held) in children[node.parent.place()].iter_mut().zip(self.held(id)) {
-                    *count += u32::from(held);
-                }
+                let (counts, idle) = &mut children[node.parent.place()];
+                let held = self.held(id);
+                counts.iter_mut().zip(held.tiers).for_each(|(count, held)| *count += u32::from(held));
+                *idle += u32::from(held.idle);
             }
             assert!(!node.is_ghost() || node.first_child != NodeId::NONE, "a node without copies or children is forgotten");
-            for place in [Place::Host, Place::Disk].into_iter().filter(|place| node.children[place.at()] == 0) {
+            for place in [Place::Host, Place::Disk].into_iter().filter(|&place| node.is_leaf(place)) {
                 if let Some(slot) = node.copy(place) {
                     let coldest = self.orders[place.at()].coldest(shelf_of(place, slot));
                     assert!(coldest.is_some(), "a leaf is among its shelf's candidates");
@@ -440,7 +494,8 @@ impl Index {
             }
         }
         for id in self.table.iter().copied() {
-            assert_eq!(self.node(id).children, children[id.place()], "children are counted");
+            let node = self.node(id);
+            assert_eq!((node.children, node.idle_children), children[id.place()], "children are counted");
         }
         assert_eq!(self.table.len(), self.len(), "free nodes are not in the table");
     }

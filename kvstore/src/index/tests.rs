@@ -30,7 +30,7 @@ fn put(index: &mut Index, namespace: NamespaceId, key: BlockKey, parent: BlockKe
 }
 
 fn leave(index: &mut Index, node: NodeId, place: Place) {
-    index.withdraw(node, place, SHELF, 4096);
+    index.withdraw(node, place, 4096);
 }
 
 fn victim(index: &mut Index, place: Place) -> Option<NodeId> {
@@ -115,16 +115,24 @@ proptest! {
             keys.push(parent.child(&[at as u32; 4], &[]));
         }
         let parent_of = |at: usize| Model::parent(at).map_or(root, |parent| keys[parent]);
+        // A put names the whole chain, from its first block on.
+        let insert = |index: &mut Index, at: usize| {
+            let mut chain: Vec<usize> = std::iter::successors(Some(at), |&at| Model::parent(at)).collect();
+            chain.reverse();
+            let nodes = chain.into_iter().map(|at| index.find_or_insert(namespace, keys[at], parent_of(at)));
+            nodes.last().expect("a chain ends with its last block")
+        };
         let by_key: BTreeMap<BlockKey, usize> = keys.iter().copied().zip(0..).collect();
         let mut model = Model::default();
         for step in steps {
             match step {
                 Step::Insert(at) => {
-                    let node = index.find_or_insert(namespace, keys[at], parent_of(at));
+                    let node = insert(&mut index, at);
                     index.forget_if_unused(node);
                 }
                 Step::Publish(at, disk) if !model.copies[place(disk).at()].contains(&at) => {
-                    put(&mut index, namespace, keys[at], parent_of(at), place(disk), at as u32);
+                    let node = insert(&mut index, at);
+                    index.publish(node, place(disk), SlotId::new(0, at as u32), SHELF, 4096, at as u64);
                     model.copies[place(disk).at()].insert(at);
                 }
                 Step::Withdraw(at, disk) if model.copies[place(disk).at()].contains(&at) => {
@@ -133,7 +141,7 @@ proptest! {
                     model.copies[place(disk).at()].remove(&at);
                 }
                 Step::Fill(at) if !model.filling.contains(&at) => {
-                    let node = index.find_or_insert(namespace, keys[at], parent_of(at));
+                    let node = insert(&mut index, at);
                     index.set_filling(node, SlotId::new(1, at as u32));
                     model.filling.insert(at);
                 }
@@ -200,7 +208,7 @@ fn a_chain_goes_from_its_leaf() {
 fn the_coldest_leaf_goes_first_and_a_used_one_stays() {
     let (mut index, namespace, root) = index();
     let nodes = [1u32, 2, 3].map(|at| put(&mut index, namespace, root.child(&[at], &[]), root, Place::Host, at));
-    index.touch(Place::Host, SHELF, nodes[0], 50);
+    index.touch(nodes[0], 50);
     assert_eq!(victim(&mut index, Place::Host), Some(nodes[1]));
     let busy = nodes[1];
     assert_eq!(index.victim(Place::Host, SHELF, 60, |node, _| node != busy), Some(nodes[2]), "what is in use is passed over");

@@ -118,9 +118,9 @@ impl Core {
         let slots: Vec<_> = self.host.tier.slab.chain(first).collect();
         let parts = slots.into_iter().map(|slot| {
             self.leased_slots += 1;
+            self.read(Place::Host, slot);
             let extent = self.host.extent(slot);
-            let record = self.host.tier.slab.slot_mut(slot);
-            record.readers += 1;
+            let record = self.host.tier.slab.slot(slot);
             let shard = shard_of(record.shard_index, record.shard_count);
             let hold = Hold { slot, generation: record.generation };
             let payload_bytes = layout.shard_bytes(shard.count) as u32;
@@ -130,7 +130,8 @@ impl Core {
     }
 
     pub(super) fn release(&mut self, holds: &[Hold]) {
-        for &Hold { slot, generation } in holds {
+        // From the end of the run, so that each block finds those after it idle again, and is no leaf in between.
+        for &Hold { slot, generation } in holds.iter().rev() {
             if self.host.tier.slab.standing(slot, generation).is_some_and(|record| record.readers > 0) {
                 self.leased_slots -= 1;
                 self.unread(Place::Host, slot);

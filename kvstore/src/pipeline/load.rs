@@ -55,7 +55,7 @@ impl Core {
         let disk_slots: Vec<SlotId> = self.disk().tier.slab.chain(first).collect();
         // Reading protects them from the search for victims that follows.
         for &slot in &disk_slots {
-            self.disk_mut().tier.slab.slot_mut(slot).readers += 1;
+            self.read(Place::Disk, slot);
         }
         let mut host_slots: Vec<SlotId> = Vec::new();
         for &slot in &disk_slots {

@@ -127,7 +127,7 @@ impl Core {
         let end = self.index.end();
         let walking = |waiting: &Waiting| match waiting {
             Waiting::Purge(wait) => wait.walk.is_some(),
-            Waiting::Drain(wait) => wait.next < end,
+            Waiting::Drain(wait) => wait.next < end && !wait.is_stuck,
             _ => false,
         };
         draining || self.pending.any(walking)

@@ -137,16 +137,22 @@ impl Core {
                 (Place::Disk, Some(disk)) => &disk.tier.slab,
                 _ => &self.host.tier.slab,
             };
-            let unused = |_: NodeId, node: &crate::index::Node| {
+            let unread = |_: NodeId, node: &crate::index::Node| {
                 let first = node.copy(place).expect("a node in a tier's order has a copy there");
-                !node.writing && slab.chain(first).all(|slot| slab.slot(slot).readers == 0)
+                slab.chain(first).all(|slot| slab.slot(slot).readers == 0)
             };
-            let Some(victim) = index.victim(place, shelf, self.now_ms, unused) else { return false };
-            let only_in_host = place == Place::Host && self.index.node(victim).copy(Place::Disk).is_none();
-            let holds_up_disk = self.index.holds_up_disk(victim);
-            if only_in_host && (holds_up_disk || written < WRITTEN_PER_SLOT) && self.write_back(victim, holds_up_disk) {
-                written += 1;
-                continue;
+            let Some(victim) = index.victim(place, shelf, self.now_ms, unread) else { return false };
+            if place == Place::Host && self.index.node(victim).copy(Place::Disk).is_none() {
+                let needed = self.index.is_needed(victim);
+                if (needed || written < WRITTEN_PER_SLOT) && self.write_back(victim, needed) {
+                    written += 1;
+                    continue;
+                }
+                // Without it what hangs on it would be lost as well; only where no disk can take it is that so.
+                if needed && self.disk_usable() {
+                    self.index.touch(victim, self.now_ms);
+                    continue;
+                }
             }
             self.drop_copy(victim, place);
             return true;
@@ -246,10 +252,19 @@ impl Core {
     /// Takes a copy out of the index; its slots are the caller's to give back. The node may be gone afterwards.
     pub(super) fn withdraw(&mut self, node: NodeId, place: Place) -> Vec<SlotId> {
         let first = self.index.node(node).copy(place).expect("only a copy that is there is withdrawn");
-        let slots = self.slab(place).chain(first).collect();
+        let slots: Vec<SlotId> = self.slab(place).chain(first).collect();
         if self.index.node(node).copy(place.other()).is_none() {
             self.counters.lost_blocks += 1;
             self.worth.remember_lost(&self.index.node(node).key);
+        }
+        if place == Place::Host {
+            // Who still uses the slots uses no block any more.
+            for &slot in &slots {
+                let record = self.host.tier.slab.slot_mut(slot);
+                record.node = NodeId::NONE;
+                let users = record.readers;
+                self.index.end_use(node, users);
+            }
         }
         let block_bytes = self.block_bytes(node);
         self.index.withdraw(node, place, block_bytes);
@@ -269,13 +284,13 @@ impl Core {
 
     /// Frees a slot that the index does not know any more, or leaves that to its last reader.
     pub(super) fn give_back(&mut self, place: Place, slot: SlotId) {
+        if place == Place::Disk {
+            self.disk_mut().directory.mark(slot);
+        }
         let record = self.tier_mut(place).slab.slot_mut(slot);
         if record.readers > 0 {
             record.doomed = true;
             return;
-        }
-        if place == Place::Disk {
-            self.disk_mut().directory.mark(slot);
         }
         self.room_made = true;
         if let Some(segment) = self.tier_mut(place).release(slot) {
@@ -283,15 +298,26 @@ impl Core {
         }
     }
 
+    /// One reader more: the slot is not freed before it is done.
+    pub(super) fn read(&mut self, place: Place, slot: SlotId) {
+        let record = self.tier_mut(place).slab.slot_mut(slot);
+        record.readers += 1;
+        let node = record.node;
+        if place == Place::Host {
+            self.index.begin_use(node);
+        }
+    }
+
     /// One reader less; the last one of a doomed slot frees it.
     pub(super) fn unread(&mut self, place: Place, slot: SlotId) {
         let record = self.tier_mut(place).slab.slot_mut(slot);
         record.readers -= 1;
-        if record.readers > 0 {
-            return;
+        let (node, last) = (record.node, record.readers == 0);
+        let doomed = last && std::mem::take(&mut record.doomed);
+        if place == Place::Host && node != NodeId::NONE {
+            self.index.end_use(node, 1);
         }
-        let doomed = std::mem::take(&mut record.doomed);
-        self.room_made = true;
+        self.room_made |= last;
         if doomed {
             self.give_back(place, slot);
         }

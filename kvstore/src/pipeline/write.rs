@@ -33,16 +33,14 @@ impl Core {
         }
         let host_slots: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
         let bytes: u64 = host_slots.iter().map(|&slot| u64::from(self.host.tier.slab.slot_bytes(slot))).sum();
-        // What is queued cannot be evicted, so a quarter of host memory is the most.
-        let host_bytes = self.host.tier.slab.segment_bytes() * u64::from(self.host.tier.slab.segment_count());
-        let full = self.write_backs.len() >= limits::WRITE_BACKS_MAX || self.writing_bytes + bytes > host_bytes / 4;
+        let full = self.is_write_back_full(bytes);
         if full && !wanted || !wanted && !self.worth.admit(bytes, record.reused, self.now_ms) {
             self.counters.write_backs_refused += 1;
             return false;
         }
         // Being read protects the copy from eviction until it is written.
         for &slot in &host_slots {
-            self.host.tier.slab.slot_mut(slot).readers += 1;
+            self.read(Place::Host, slot);
         }
         let Some(disk_slots) = self.write_back_slots(node, &host_slots) else {
             for slot in host_slots {
@@ -73,6 +71,13 @@ impl Core {
         self.writing_bytes += bytes;
         self.index.node_mut(node).writing = true;
         true
+    }
+
+    /// What is queued cannot be evicted, so a quarter of host memory is the most.
+    fn is_write_back_full(&self, more_bytes: u64) -> bool {
+        let slab = &self.host.tier.slab;
+        let host_bytes = slab.segment_bytes() * u64::from(slab.segment_count());
+        self.write_backs.len() >= limits::WRITE_BACKS_MAX || self.writing_bytes + more_bytes > host_bytes / 4
     }
 
     fn write_back_slots(&mut self, node: NodeId, host_slots: &[SlotId]) -> Option<Vec<SlotId>> {
@@ -411,7 +416,7 @@ impl Core {
         if self.disk.is_none() {
             return Some(Reply::Done);
         }
-        self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait { next: 0, cycle: None }));
+        self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait { next: 0, is_stuck: false, cycle: None }));
         None
     }
 
@@ -420,13 +425,19 @@ impl Core {
             let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) else { continue };
             let from = wait.next;
             let end = self.index.end();
-            let to = from.saturating_add(limits::CONTINUATION_BLOCKS as u32).min(end);
+            let mut to = from.saturating_add(limits::CONTINUATION_BLOCKS as u32).min(end);
             for node in self.index.only_in_host(from, to) {
+                // It goes on with a later tick: asking again at once would only spin.
+                if !self.writing.is_empty() && self.is_write_back_full(self.block_bytes(node).into()) {
+                    to = node.0;
+                    break;
+                }
                 self.write_back(node, false);
             }
             let done = to == end && self.writing.is_empty();
             let flush = if done { self.disk.as_mut().map(|disk| disk.directory.want()) } else { None };
             let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) else { continue };
+            wait.is_stuck = to == from && to < end;
             wait.next = to;
             wait.cycle = flush;
         }

@@ -7,17 +7,19 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tender_proto::{BlockKey, Shard, convert, wire};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys};
 use super::session::Session;
+use super::window::Window;
 use super::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
 use crate::device::memory::Arena;
 use crate::driver::Undo;
 use crate::index::events::Place;
 use crate::index::ids::TenantId;
-use crate::{limits, telemetry};
+use crate::telemetry;
 
 use wire::GetEndReason;
 use wire::get_reply::Part;
@@ -34,10 +36,18 @@ struct Run {
     until: tokio::time::Instant,
 }
 
-/// Leased blocks and what gives them back.
-struct Window {
+/// Leased blocks, what gives them back, and then their share of memory.
+struct Leases {
     acquired: Acquired,
-    undo: Option<Undo>,
+    _undo: Option<Undo>,
+    _window: Window,
+}
+
+impl Run {
+    /// What is left of its time.
+    fn wait(&self) -> Duration {
+        self.until.saturating_duration_since(tokio::time::Instant::now()).max(Duration::from_millis(1))
+    }
 }
 
 type Replies = mpsc::Sender<Result<wire::GetReply, Status>>;
@@ -67,52 +77,55 @@ impl BlocksServer {
     }
 
     async fn get_run(&self, run: Run, replies: &Replies) -> Result<(), Status> {
+        let window_bytes = self.windows.lease_bytes(run.session.layout.block_bytes());
         let mut sent = 0;
-        let mut window = self.acquire(run.clone(), 0).await?;
+        let mut ahead: Option<JoinHandle<Result<Leases, Status>>> = None;
         let reason = loop {
-            let taken = sent + window.acquired.blocks.len();
-            let end = window.acquired.end;
-            let last = end.is_some() || taken == run.keys.len();
-            // A spawned task, not a future polled beside: copying must not keep it from being asked for.
-            let next = (!last).then(|| {
-                let (server, run) = (self.clone(), run.clone());
-                tokio::spawn(async move { server.acquire(run, taken).await })
-            });
-            for (i, block) in (sent..).zip(&window.acquired.blocks) {
+            let leases = match ahead.take() {
+                Some(ahead) => {
+                    ahead.await.map_err(|error| Status::internal(format!("a window was not leased: {error}")))??
+                }
+                None => match self.windows.lease(window_bytes, run.wait()).await {
+                    Some(window) => self.acquire(run.clone(), sent, window).await?,
+                    None => break GetEndReason::GetEndDeadline,
+                },
+            };
+            let (count, end) = (leases.acquired.blocks.len(), leases.acquired.end);
+            let taken = sent + count;
+            if end.is_none() && taken < run.keys.len() {
+                // A task of its own, not a future polled beside: copying must not keep it from being asked for.
+                ahead = self.windows.lease_ahead(window_bytes).map(|window| {
+                    let (server, run) = (self.clone(), run.clone());
+                    tokio::spawn(async move { server.acquire(run, taken, window).await })
+                });
+            }
+            for (i, block) in (sent..).zip(&leases.acquired.blocks) {
                 self.send_block(&run, i, block, replies).await?;
             }
-            drop(window.undo.take());
             sent = taken;
-            match (next, end) {
-                (Some(next), _) => {
-                    window = next.await.map_err(|error| Status::internal(format!("a window was not leased: {error}")))??;
-                    if window.acquired.blocks.is_empty() && window.acquired.end.is_none() {
-                        break GetEndReason::GetEndShed;
-                    }
-                }
-                (None, None) => break GetEndReason::GetEndComplete,
-                (None, Some(AcquireEnd::Miss)) => break GetEndReason::GetEndMiss,
-                (None, Some(AcquireEnd::Deadline)) => break GetEndReason::GetEndDeadline,
-                (None, Some(AcquireEnd::Shed)) => break GetEndReason::GetEndShed,
+            match end {
+                None if taken == run.keys.len() => break GetEndReason::GetEndComplete,
+                None if count > 0 => {}
+                None | Some(AcquireEnd::Shed) => break GetEndReason::GetEndShed,
+                Some(AcquireEnd::Miss) => break GetEndReason::GetEndMiss,
+                Some(AcquireEnd::Deadline) => break GetEndReason::GetEndDeadline,
             }
         };
         let end = wire::GetEnd { blocks: sent as u32, reason: reason.into() };
         say(replies, Part::End(end)).await
     }
 
-    async fn acquire(&self, run: Run, from: usize) -> Result<Window, Status> {
+    async fn acquire(&self, run: Run, from: usize, window: Window) -> Result<Leases, Status> {
         let session = &run.session;
-        let blocks = (limits::ACQUIRE_BYTES_MAX / session.layout.block_bytes()).max(1) as usize;
+        let blocks = (window.bytes / session.layout.block_bytes()).max(1) as usize;
         let keys = run.keys[from..].iter().take(blocks).copied().collect();
-        let verb =
-            Verb::Acquire { attachment: session.attachment, keys, bytes_max: limits::ACQUIRE_BYTES_MAX };
-        let wait = run.until.saturating_duration_since(tokio::time::Instant::now()).max(Duration::from_millis(1));
-        let answer = self.core.ask(session.tenant, wait, verb).await;
+        let verb = Verb::Acquire { attachment: session.attachment, keys, bytes_max: window.bytes };
+        let answer = self.core.ask(session.tenant, run.wait(), verb).await;
         let answer = answer.map_err(|refusal| self.refused(session, refusal))?;
         let Reply::Acquired(acquired) = answer.reply else {
             return Err(Status::internal("the core did not answer the acquire"));
         };
-        Ok(Window { acquired, undo: answer.undo })
+        Ok(Leases { acquired, _undo: answer.undo, _window: window })
     }
 
     async fn send_block(&self, run: &Run, index: usize, block: &Leased, replies: &Replies) -> Result<(), Status> {

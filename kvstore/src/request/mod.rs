@@ -5,6 +5,7 @@
 //! listen.rs    sockets, and who is behind them      server.rs    one function per rpc
 //! identity.rs  token or socket -> tenant            put.rs  get.rs  watch.rs    the streams
 //! session.rs   what an attachment said              operator.rs  status and configuration
+//! window.rs    how much of host memory they hold
 //! ```
 
 mod get;
@@ -17,3 +18,4 @@ mod session;
 pub mod status;
 pub mod verb;
 mod watch;
+mod window;

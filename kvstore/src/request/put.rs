@@ -11,11 +11,12 @@ use tonic::{Status, Streaming};
 
 use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys};
 use super::session::Session;
+use super::window::Window;
 use super::verb::{CommitOutcome, Filled, Hold, Reply, ReserveOutcome, Verb};
 use crate::device::memory::{Arena, Extent};
 use crate::driver::Undo;
 use crate::index::ids::TenantId;
-use crate::{limits, telemetry};
+use crate::{limits, telemetry, tier};
 
 use wire::PutOutcome;
 use wire::put_reply::Part as ReplyPart;
@@ -37,6 +38,12 @@ struct Filling {
     extent: Extent,
     filled_bytes: usize,
     sums: Option<Vec<u64>>,
+}
+
+/// Reservations: they are given back before their share of memory is.
+struct Held {
+    undo: Undo,
+    _window: Window,
 }
 
 impl BlocksServer {
@@ -71,12 +78,12 @@ impl BlocksServer {
             return Err(invalid("the first message of a put must be its header"));
         };
         let header = self.header(tenant, header)?;
-        let (mut outcomes, mut filling, undo) = self.reserve(&header).await?;
+        let (mut outcomes, mut filling, held) = self.reserve(&header).await?;
         say(replies, ReplyPart::Reserved(outcomes_of(&outcomes))).await?;
         let fill = fill(self.core.arena(), &header, &mut filling, &mut messages);
         let filled = tokio::time::timeout_at(header.until, fill).await;
         filled.map_err(|_| Status::deadline_exceeded("the put's bytes did not come in time; nothing was stored"))??;
-        self.commit(&header, filling, undo, &mut outcomes).await?;
+        self.commit(&header, filling, held, &mut outcomes).await?;
         say(replies, ReplyPart::Committed(outcomes_of(&outcomes))).await
     }
 
@@ -97,16 +104,20 @@ impl BlocksServer {
     async fn reserve(
         &self,
         header: &Header,
-    ) -> Result<(Vec<PutOutcome>, Vec<Option<Filling>>, Option<Undo>), Status> {
+    ) -> Result<(Vec<PutOutcome>, Vec<Option<Filling>>, Option<Held>), Status> {
         let session = &header.session;
+        let wait = header.until.saturating_duration_since(tokio::time::Instant::now());
+        let slot_bytes = u64::from(tier::shard_slot_bytes(&session.layout, header.shard.count as u8));
+        let Some(window) = self.windows.reserve(slot_bytes * header.keys.len() as u64, wait).await else {
+            return Ok((vec![PutOutcome::PutShed; header.keys.len()], Vec::new(), None));
+        };
         let verb = Verb::Reserve {
             attachment: session.attachment,
             parent: header.parent,
             keys: header.keys.clone(),
             shard: header.shard,
-            bytes_max: limits::RESERVE_BYTES_MAX.max(session.layout.block_bytes() + crate::device::block::PAGE_BYTES),
+            bytes_max: window.bytes.max(slot_bytes),
         };
-        let wait = header.until.saturating_duration_since(tokio::time::Instant::now());
         let answer = self.core.ask(session.tenant, wait, verb).await;
         let answer = answer.map_err(|refusal| self.refused(session, refusal))?;
         let Reply::Reserved(reserved) = answer.reply else {
@@ -123,7 +134,8 @@ impl BlocksServer {
             ReserveOutcome::Granted { hold, extent } => Some(Filling { hold, extent, filled_bytes: 0, sums: None }),
             _ => None,
         });
-        Ok((outcomes.collect(), filling.collect(), answer.undo))
+        let held = answer.undo.map(|undo| Held { undo, _window: window });
+        Ok((outcomes.collect(), filling.collect(), held))
     }
 
     /// Commits what is whole and right; everything else is given back.
@@ -131,7 +143,7 @@ impl BlocksServer {
         &self,
         header: &Header,
         filling: Vec<Option<Filling>>,
-        mut undo: Option<Undo>,
+        mut held: Option<Held>,
         outcomes: &mut [PutOutcome],
     ) -> Result<(), Status> {
         let session = &header.session;
@@ -160,8 +172,8 @@ impl BlocksServer {
             Reply::Committed(committed) => committed,
             other => return Err(Status::internal(format!("the core did not answer the commit: {other:?}"))),
         };
-        if let Some(undo) = &mut undo {
-            undo.forget(&holds);
+        if let Some(held) = &mut held {
+            held.undo.forget(&holds);
         }
         for (place, outcome) in places.into_iter().zip(committed) {
             outcomes[place] = match outcome {

@@ -12,6 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::identity::Identities;
 use super::session::{Session, Sessions};
+use super::window::Windows;
 use super::verb::{AttachVerb, AttachmentId, PurgeWhat, Refusal, RefusalKind, Reply, Verb};
 use crate::driver::CoreHandle;
 use crate::index::ids::TenantId;
@@ -23,6 +24,7 @@ pub struct BlocksServer {
     pub(super) core: CoreHandle,
     pub(super) identities: Arc<Identities>,
     pub(super) sessions: Arc<Sessions>,
+    pub(super) windows: Arc<Windows>,
     pub(super) epoch: u64,
 }
 
@@ -68,7 +70,8 @@ pub(super) fn keys(bytes: &[u8]) -> Result<Vec<BlockKey>, Status> {
 impl BlocksServer {
     /// A server in front of a core.
     pub fn new(core: CoreHandle, identities: Arc<Identities>, epoch: u64) -> Self {
-        Self { core, identities, sessions: Arc::default(), epoch }
+        let windows = Arc::new(Windows::new(core.arena()));
+        Self { core, identities, sessions: Arc::default(), windows, epoch }
     }
 
     pub(super) fn session(&self, attachment: u64, tenant: TenantId) -> Result<Arc<Session>, Status> {

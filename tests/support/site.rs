@@ -1,0 +1,210 @@
+//! A folder in which daemons live, one after the other, and what they do and say there.
+
+use std::fs::{self, File, OpenOptions};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tender_client::proto::wire::{StatusReply, Tier, TierStatus};
+use tender_client::{Attach, Operator, Remote, Target};
+
+use super::{signal, tender, wait_until};
+
+/// A token that is long enough.
+pub const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+
+/// Longest wait for a daemon that refuses to start: it waits 5 s for the lock of a tier file.
+const REFUSAL: Duration = Duration::from_secs(30);
+
+/// Folder, socket and flags of daemons; outlives each of them.
+pub struct Site {
+    folder: TempDir,
+    flags: Vec<String>,
+}
+
+impl Site {
+    /// Its daemons get these flags besides socket and folder.
+    pub fn new(flags: &[&str]) -> Self {
+        Self { folder: TempDir::new().unwrap(), flags: flags.iter().map(|&flag| flag.to_owned()).collect() }
+    }
+
+    /// Small tiers: 64 MiB of host memory, 128 MiB of disk.
+    pub fn small() -> Self {
+        Self::new(&["--host", "64MiB", "--disk", "128MiB"])
+    }
+
+    /// A tenant `default` without a token and a tenant `other` with `TOKEN`, and these flags.
+    pub fn of_two_tenants(flags: &[&str]) -> Self {
+        let mut site = Self::new(flags);
+        let token_file = site.secret("other.token", TOKEN, 0o600);
+        let config = format!(
+            "[[tenants]]\nname = \"default\"\n[[tenants]]\nname = \"other\"\ntoken_file = \"{}\"\n",
+            token_file.display()
+        );
+        let file = site.path("tender.toml");
+        fs::write(&file, config).unwrap();
+        site.flags.extend(["--config".to_owned(), file.display().to_string()]);
+        site
+    }
+
+    /// One more flag with its value, for daemons started from now on.
+    pub fn flag(&mut self, name: &str, value: impl ToString) {
+        self.flags.extend([name.to_owned(), value.to_string()]);
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.path("tender.sock")
+    }
+
+    pub fn target(&self) -> Target {
+        Target::Unix(self.socket())
+    }
+
+    pub fn tier_file(&self) -> PathBuf {
+        self.path("data/tender-0.tier")
+    }
+
+    /// A file with that content and mode.
+    pub fn secret(&self, name: &str, content: &str, mode: u32) -> PathBuf {
+        let path = self.path(name);
+        fs::write(&path, content).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        path
+    }
+
+    /// `tender serve` with this site's flags.
+    pub fn command(&self) -> Command {
+        let mut command = tender();
+        command.arg("serve").arg("--socket").arg(self.socket()).arg("--dir").arg(self.path("data"));
+        command.args(&self.flags);
+        command
+    }
+
+    /// Starts a daemon and waits until it listens.
+    pub fn start(&self) -> Running {
+        let log = self.path("daemon.log");
+        let mut running = Running { child: spawn(&mut self.command(), &log), socket: self.socket(), log };
+        wait_until("a daemon", || {
+            if let Some(status) = running.child.try_wait().unwrap() {
+                panic!("the daemon ended ({status}): {}", running.said());
+            }
+            UnixStream::connect(&running.socket).is_ok()
+        });
+        running
+    }
+
+    pub async fn attach(&self, attach: Attach) -> Remote {
+        Remote::attach(self.target(), None, attach).await.unwrap()
+    }
+
+    pub async fn attach_other(&self, attach: Attach) -> Remote {
+        Remote::attach(self.target(), Some(TOKEN.to_owned()), attach).await.unwrap()
+    }
+}
+
+fn spawn(command: &mut Command, log: &Path) -> Child {
+    let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log).unwrap();
+    command.stdout(Stdio::null()).stderr(log).spawn().unwrap()
+}
+
+/// What a daemon says that does not start: it must end by itself, with status 1 or 2, and without a panic.
+pub fn refusal(command: &mut Command) -> String {
+    let folder = TempDir::new().unwrap();
+    let log = folder.path().join("log");
+    File::create(&log).unwrap();
+    let mut running = Running { child: spawn(command, &log), socket: PathBuf::new(), log };
+    let status = running.ends_within(REFUSAL);
+    let said = running.said();
+    assert!(status.is_some(), "it was to refuse, but it started: {command:?}\n{said}");
+    let code = status.unwrap().code();
+    assert!(matches!(code, Some(1 | 2)), "{code:?}: {said}");
+    assert!(!said.contains("panicked") && !said.is_empty(), "{said}");
+    said
+}
+
+/// A daemon's process; killed when dropped.
+pub struct Running {
+    child: Child,
+    socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Running {
+    fn ends_within(&mut self, patience: Duration) -> Option<ExitStatus> {
+        let began = Instant::now();
+        loop {
+            let status = self.child.try_wait().unwrap();
+            if status.is_some() || began.elapsed() > patience {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// All that this site's daemons have said.
+    pub fn said(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// kill -9: nothing of it runs any more when this returns.
+    pub fn kill(mut self) {
+        assert!(self.child.try_wait().unwrap().is_none(), "it ended before it was killed: {}", self.said());
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        assert!(!self.said().contains("panicked"), "{}", self.said());
+    }
+
+    /// SIGTERM; it must end well.
+    pub fn stop(mut self) {
+        signal(self.child.id(), "TERM");
+        let status = self.ends_within(super::PATIENCE).expect("a daemon that was asked to stop ends");
+        assert!(status.success() && !self.said().contains("panicked"), "{status}: {}", self.said());
+    }
+
+    pub async fn status(&self) -> StatusReply {
+        let operator = Operator::connect(Target::Unix(self.socket.clone()), None).await.unwrap();
+        operator.status().await.unwrap()
+    }
+
+    pub async fn counter(&self, name: &str) -> u64 {
+        let status = self.status().await;
+        status.counters.iter().find(|counter| counter.name == name).expect(name).value
+    }
+
+    pub async fn tier(&self, tier: Tier) -> TierStatus {
+        self.status().await.tiers.into_iter().find(|status| status.tier == i32::from(tier)).unwrap()
+    }
+
+    /// Waits until no slot is leased, being filled, loaded or written back.
+    pub async fn at_rest(&self) {
+        let began = Instant::now();
+        loop {
+            let status = self.status().await;
+            if status.tiers.iter().all(|tier| tier.leased_slots == 0 && tier.busy_slots == 0) {
+                return;
+            }
+            assert!(began.elapsed() < Duration::from_secs(20), "slots are in use for good: {:?}", status.tiers);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ended_already = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// A loopback address that nobody listens on just now.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
