@@ -47,9 +47,8 @@ async fn a_daemon_over_loopback_with_a_token_keeps_its_promises() {
     site.flag("--listen", address);
     site.flag("--token-file", site.secret("token", TOKEN, 0o600).display());
     let daemon = site.start();
-    let attach = async |attach| {
-        Remote::attach(Target::Loopback(address), Some(TOKEN.to_owned()), attach).await.unwrap()
-    };
+    let attach =
+        async |attach| Remote::attach(Target::Loopback(address), Some(TOKEN.to_owned()), attach).await.unwrap();
     conformance::suite(attach, true).await;
     daemon.at_rest().await;
     daemon.stop();

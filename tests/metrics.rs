@@ -34,12 +34,17 @@ async fn the_page_shows_every_counter_and_numbers_move() {
     let address = free_address();
     site.flag("--metrics", address);
     let daemon = site.start();
-    wait_until("the metrics page", || page(address).is_some_and(|page| value(&page, "tender_put_blocks_total").is_some()));
+    wait_until("the metrics page", || {
+        page(address).is_some_and(|page| value(&page, "tender_put_blocks_total").is_some())
+    });
     let before = page(address).unwrap();
     for counter in daemon.status().await.counters {
         let name = &counter.name;
         assert!(value(&before, name).is_some(), "{name} is not on the page");
-        assert!(before.contains(&format!("# HELP {name} ")) && before.contains(&format!("# TYPE {name} counter")), "{name}");
+        assert!(
+            before.contains(&format!("# HELP {name} ")) && before.contains(&format!("# TYPE {name} counter")),
+            "{name}"
+        );
     }
     assert_eq!(value(&before, "tender_tier_capacity_bytes{tier=\"host\"}"), Some(f64::from(64 << 20)));
     assert_eq!(value(&before, "tender_tier_capacity_bytes{tier=\"disk\"}"), Some(f64::from(128 << 20)));

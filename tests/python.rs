@@ -15,7 +15,11 @@ fn python() -> Option<String> {
     let named = std::env::var("TENDER_TEST_PYTHON").ok();
     let python = named.clone().unwrap_or_else(|| "python3".to_owned());
     let mut command = Command::new(&python);
-    command.args(["-c", "import grpc, grpc_tools, blake3"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+        .args(["-c", "import grpc, grpc_tools, blake3"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     let has_modules = command.status().is_ok_and(|status| status.success());
     assert!(has_modules || named.is_none(), "TENDER_TEST_PYTHON ({python}) cannot import grpc, grpc_tools and blake3");
     has_modules.then_some(python)

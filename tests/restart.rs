@@ -108,7 +108,7 @@ async fn verify(writers: &[Remote], ledger: &Ledger) -> usize {
 async fn what_was_said_to_be_durable_survives_kills_at_any_moment() {
     let site = Site::of_two_tenants(&["--host", "256MiB", "--disk", "1GiB"]);
     let ledger = Arc::new(Mutex::new(Ledger::default()));
-    let mut daemon = site.start();
+    let mut daemon = site.start_ready().await;
     let mut durable_before = 0;
     for round in 0..KILLS {
         let clients = writers(&site).await;
@@ -123,7 +123,7 @@ async fn what_was_said_to_be_durable_survives_kills_at_any_moment() {
         daemon.kill();
         // What was not answered by now never will be.
         tasks.shutdown().await;
-        daemon = site.start();
+        daemon = site.start_ready().await;
         let ledger = std::mem::take(&mut *ledger.lock().unwrap());
         let durable = verify(&writers(&site).await, &ledger).await;
         durable_before += durable;
@@ -136,7 +136,7 @@ async fn what_was_said_to_be_durable_survives_kills_at_any_moment() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_durable_once_survives_every_later_kill() {
     let site = Site::of_two_tenants(&["--host", "128MiB", "--disk", "512MiB"]);
-    let mut daemon = site.start();
+    let mut daemon = site.start_ready().await;
     let mut runs = Vec::new();
     for (writer, store) in writers(&site).await.iter().enumerate() {
         let run = Run::new(store, 1, SHAPES[writer / 2].1);
@@ -145,7 +145,7 @@ async fn what_was_durable_once_survives_every_later_kill() {
     }
     for _ in 0..3 {
         daemon.kill();
-        daemon = site.start();
+        daemon = site.start_ready().await;
         for (run, store) in runs.iter().zip(&writers(&site).await) {
             run.expect(store, Some(Tier::Disk)).await;
         }
@@ -157,7 +157,7 @@ async fn what_was_durable_once_survives_every_later_kill() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stopped_daemon_loses_nothing() {
     let site = Site::of_two_tenants(&["--host", "256MiB", "--disk", "1GiB"]);
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let mut runs: Vec<(usize, Run)> = Vec::new();
     for (writer, store) in writers(&site).await.iter().enumerate() {
         let (_, blocks, shards) = SHAPES[writer / 2];
@@ -169,7 +169,7 @@ async fn a_stopped_daemon_loses_nothing() {
         }
     }
     daemon.stop();
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let stores = writers(&site).await;
     for (writer, run) in &runs {
         run.expect(&stores[*writer], Some(Tier::Disk)).await;
@@ -186,7 +186,7 @@ async fn killed_after_a_purge(site: &Site, daemon: Running, seed: u32, namespace
     let purged = store.purge(if namespace { Purge::Namespace } else { Purge::Keys(&gone.keys) }).await;
     daemon.kill();
     assert!(purged.complete, "{purged:?}");
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let store = site.attach(attach()).await;
     gone.expect_nothing(&store).await;
     match namespace {
@@ -200,7 +200,7 @@ async fn killed_after_a_purge(site: &Site, daemon: Running, seed: u32, namespace
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_purged_does_not_come_back_after_a_kill() {
     let site = Site::small();
-    let mut daemon = site.start();
+    let mut daemon = site.start_ready().await;
     for round in 0..4 {
         daemon = killed_after_a_purge(&site, daemon, 10 * round, false).await;
         daemon = killed_after_a_purge(&site, daemon, 10 * round, true).await;
@@ -211,7 +211,7 @@ async fn what_was_purged_does_not_come_back_after_a_kill() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_goes_on_by_itself_after_a_restart() {
     let site = Site::small();
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let store = site.attach(attach_to("goes-on", BlockLayout::opaque(50_000))).await;
     let before = Run::new(&store, 1, 20);
     before.put_durably(&store).await;
@@ -221,7 +221,7 @@ async fn a_client_goes_on_by_itself_after_a_restart() {
     assert_eq!(store.lookup(&before.keys).await.prefix_blocks, 0);
     assert_eq!(store.get(&before.keys, tender_client::proto::Shard::WHOLE).await.end, GetEnd::Unavailable);
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let began = Instant::now();
     while store.lookup(&before.keys).await.prefix_blocks < 20 {
         assert!(began.elapsed() < PATIENCE, "the client did not find its daemon again");
@@ -238,7 +238,7 @@ async fn a_client_goes_on_by_itself_after_a_restart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_over_a_restart_begins_with_a_snapshot() {
     let site = Site::small();
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let store = site.attach(attach_to("watched", BlockLayout::opaque(4096))).await;
     let (kept, new) = (Run::new(&store, 1, 5), Run::new(&store, 2, 5));
     let mut watch = store.watch(None).await;
@@ -255,7 +255,7 @@ async fn a_watch_over_a_restart_begins_with_a_snapshot() {
     let position = watch.position().unwrap();
     daemon.kill();
     while timeout(PATIENCE, watch.next()).await.expect("the end of the stream").is_some() {}
-    let daemon = site.start();
+    let daemon = site.start_ready().await;
     let began = Instant::now();
     let mut watch = store.watch(Some(position)).await;
     let first = loop {

@@ -262,13 +262,7 @@ impl Geometry {
     }
 
     /// Cuts `bytes` into about `count` segments of a power of two, not smaller than `least`.
-    fn cut(
-        field: &str,
-        bytes: Size,
-        segment: Option<Size>,
-        count: u64,
-        least: u64,
-    ) -> Result<Self, ConfigError> {
+    fn cut(field: &str, bytes: Size, segment: Option<Size>, count: u64, least: u64) -> Result<Self, ConfigError> {
         let segment_bytes = match segment {
             None => (bytes.0 / count).max(1).next_power_of_two().clamp(least, limits::SEGMENT_BYTES_MAX),
             Some(Size(segment)) => {
@@ -288,7 +282,7 @@ impl Geometry {
         }
         let segments_max = u64::from(crate::tier::slab::SEGMENTS_MAX);
         if segment_count > segments_max {
-            let rule = format!("at most {segments_max} segments of {} fit; give larger ones", Size(segment_bytes));
+            let rule = format!("at most {segments_max} segments of {} fit; give less", Size(segment_bytes));
             return Err(value_error(field, bytes, rule));
         }
         Ok(Self { segment_bytes, segment_count: segment_count as u32 })
@@ -331,7 +325,8 @@ impl Written {
         let memory = crate::doctor::memory_bytes();
         let host = self.host.unwrap_or(Size((memory / 8).min(GIB)));
         if host.0 > memory {
-            let rule = format!("this machine has {}; give --host less, and leave room for engine and system", Size(memory));
+            let rule =
+                format!("this machine has {}; give --host less, and leave room for engine and system", Size(memory));
             return Err(value_error("host", host, rule));
         }
         let disk = self.disk.unwrap_or(Size(8 * GIB));

@@ -66,7 +66,12 @@ fn memory(config: &Config) -> Finding {
     let (host, memory) = (Size(config.host.bytes()), Size(memory_bytes()));
     let found = format!("{host} of {memory} for the host tier");
     if host.0 > memory.0 / 10 * 9 {
-        return Finding::new("memory", found, Verdict::Fallback, "leave a tenth of memory to engine and system: --host less");
+        return Finding::new(
+            "memory",
+            found,
+            Verdict::Fallback,
+            "leave a tenth of memory to engine and system: --host less",
+        );
     }
     Finding::new("memory", found, Verdict::Good, "")
 }
@@ -122,12 +127,8 @@ fn folder(config: &Config, dir: &Path) -> Finding {
     let there = std::fs::metadata(dir.join(crate::serve::tier_file_name(0))).map_or(0, |file| file.len());
     let free = stat.f_bavail * stat.f_frsize + there;
     let direct = takes_direct(&base);
-    let found = format!(
-        "{} free, {} wanted, O_DIRECT {}",
-        Size(free),
-        Size(wanted),
-        if direct { "works" } else { "refused" }
-    );
+    let found =
+        format!("{} free, {} wanted, O_DIRECT {}", Size(free), Size(wanted), if direct { "works" } else { "refused" });
     if free < wanted {
         return Finding::new(&what, found, Verdict::Bad, "free some room, give less with --disk, or another --dir");
     }

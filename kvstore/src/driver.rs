@@ -383,12 +383,7 @@ impl CoreHandle {
     }
 
     /// Asks for something that is answered several times.
-    pub fn ask_many(
-        &self,
-        tenant: TenantId,
-        deadline: Duration,
-        verb: Verb,
-    ) -> Result<mpsc::Receiver<Reply>, Refusal> {
+    pub fn ask_many(&self, tenant: TenantId, deadline: Duration, verb: Verb) -> Result<mpsc::Receiver<Reply>, Refusal> {
         let (sender, receiver) = mpsc::channel(4);
         let request = self.request(tenant, deadline, verb);
         self.sender.try_send(Input::Ask(request, Responder::Many(sender))).map_err(|_| Self::gone())?;

@@ -67,6 +67,9 @@ pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(5);
 /// Longest deadline a request may name.
 pub const DEADLINE_MAX: Duration = Duration::from_secs(600);
 
+/// A client that takes nothing of its stream for so long is treated as gone.
+pub const CLIENT_STALL: Duration = Duration::from_secs(30);
+
 /// How long the core sleeps at most: deadlines are met to this.
 pub const TICK: Duration = Duration::from_millis(20);
 

@@ -182,9 +182,7 @@ async fn wait_for_signal() -> io::Result<()> {
 fn salts(config: &Config) -> Result<Vec<TenantSalt>, StartError> {
     let secret = match &config.salt_secret_file {
         None => Vec::new(),
-        Some(path) => {
-            std::fs::read(path).map_err(|source| StartError::Secret { path: path.clone(), source })?
-        }
+        Some(path) => std::fs::read(path).map_err(|source| StartError::Secret { path: path.clone(), source })?,
     };
     Ok(config.tenants.iter().map(|tenant| TenantSalt::of_tenant(&secret, &tenant.name)).collect())
 }
@@ -216,8 +214,13 @@ fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -
 }
 
 fn open_disks(config: &Config, geometry: Geometry, arena: &Arc<Arena>) -> Result<Disks, StartError> {
-    let mut disks =
-        Disks { devices: Vec::new(), recovered: Vec::new(), page_key: [0; 32], depth: usize::MAX, findings: Vec::new() };
+    let mut disks = Disks {
+        devices: Vec::new(),
+        recovered: Vec::new(),
+        page_key: [0; 32],
+        depth: usize::MAX,
+        findings: Vec::new(),
+    };
     let mut identity = None;
     for (dir, index) in config.dirs.iter().zip(0u32..) {
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);

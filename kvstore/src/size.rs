@@ -80,9 +80,14 @@ mod tests {
 
     #[test]
     fn sizes_are_read_as_people_write_them() {
-        for (text, bytes) in
-            [("0", 0), ("4096", 4096), ("64KiB", 65536), ("1 GiB", 1 << 30), ("1.5gib", 3 << 29), ("10GB", 10_000_000_000)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("64KiB", 65536),
+            ("1 GiB", 1 << 30),
+            ("1.5gib", 3 << 29),
+            ("10GB", 10_000_000_000),
+        ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
         for text in ["", "GiB", "-1", "1XB", "nan", "inf", "1e400", "99999999TiB"] {

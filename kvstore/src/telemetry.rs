@@ -60,7 +60,8 @@ pub fn publish(status: &CoreStatus) {
     metrics::gauge!("tender_leased_slots").set(status.host.leased_slots as f64);
     for tenant in &status.tenants {
         for (tier, (used, _)) in [("host", tenant.host), ("disk", tenant.disk)] {
-            metrics::gauge!("tender_tenant_used_bytes", "tenant" => tenant.name.clone(), "tier" => tier).set(used as f64);
+            metrics::gauge!("tender_tenant_used_bytes", "tenant" => tenant.name.clone(), "tier" => tier)
+                .set(used as f64);
         }
     }
 }

@@ -20,7 +20,8 @@ pub fn attach_to(model: &str, layout: BlockLayout) -> Attach {
 /// The bytes of a block.
 pub fn payload(key: &BlockKey, bytes: usize) -> Bytes {
     let seed = key.as_bytes().iter().fold(7u64, |seed, byte| mix(seed ^ u64::from(*byte)));
-    let words = (0..bytes.div_ceil(8) as u64).flat_map(|i| mix(seed.wrapping_add(i.wrapping_mul(GOLDEN))).to_le_bytes());
+    let words =
+        (0..bytes.div_ceil(8) as u64).flat_map(|i| mix(seed.wrapping_add(i.wrapping_mul(GOLDEN))).to_le_bytes());
     words.take(bytes).collect::<Vec<u8>>().into()
 }
 

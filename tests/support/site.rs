@@ -56,6 +56,12 @@ impl Site {
         self.flags.extend([name.to_owned(), value.to_string()]);
     }
 
+    /// Another value of a flag that was given.
+    pub fn change_flag(&mut self, name: &str, value: &str) {
+        let at = self.flags.iter().position(|flag| flag == name).expect(name);
+        value.clone_into(&mut self.flags[at + 1]);
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
@@ -98,6 +104,17 @@ impl Site {
             }
             UnixStream::connect(&running.socket).is_ok()
         });
+        running
+    }
+
+    /// Starts a daemon and waits until its memory is prepared: before that a get may be shed, which tells nothing of the block.
+    pub async fn start_ready(&self) -> Running {
+        let running = self.start();
+        let began = Instant::now();
+        while running.tier(Tier::Host).await.state != "ready" {
+            assert!(began.elapsed() < super::PATIENCE, "memory is never prepared: {}", running.said());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         running
     }
 

@@ -140,7 +140,7 @@ impl Attachments {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.attachments.len()
     }
 }

@@ -10,16 +10,16 @@
 //!   hangs together. Where a copy is lost all the same (a fault, a segment that changes owner), the node stays as a ghost: its
 //!   subtree is dead in O(1), goes before anything else, and lives again if the block is put again.
 
-mod eviction;
 pub mod events;
+mod eviction;
 pub mod ids;
 pub mod namespaces;
 
 use hashbrown::HashTable;
 use tender_proto::{BlockKey, sum};
 
-pub use self::eviction::{Eviction, Lru};
 use self::events::{Events, Place, Residency};
+pub use self::eviction::{Eviction, Lru};
 use self::ids::{NamespaceId, NodeId, TenantId};
 use self::namespaces::Namespaces;
 use crate::limits;
@@ -150,7 +150,7 @@ impl Index {
     }
 
     /// Number of nodes, ghosts included.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.nodes.len() - self.free.len()
     }
 
@@ -485,7 +485,10 @@ impl Index {
                 counts.iter_mut().zip(held.tiers).for_each(|(count, held)| *count += u32::from(held));
                 *idle += u32::from(held.idle);
             }
-            assert!(!node.is_ghost() || node.first_child != NodeId::NONE, "a node without copies or children is forgotten");
+            assert!(
+                !node.is_ghost() || node.first_child != NodeId::NONE,
+                "a node without copies or children is forgotten"
+            );
             for place in [Place::Host, Place::Disk].into_iter().filter(|&place| node.is_leaf(place)) {
                 if let Some(slot) = node.copy(place) {
                     let coldest = self.orders[place.at()].coldest(shelf_of(place, slot));
@@ -497,7 +500,7 @@ impl Index {
             let node = self.node(id);
             assert_eq!((node.children, node.idle_children), children[id.place()], "children are counted");
         }
-        assert_eq!(self.table.len(), self.len(), "free nodes are not in the table");
+        assert_eq!(self.table.len(), self.count(), "free nodes are not in the table");
     }
 }
 

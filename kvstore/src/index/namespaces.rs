@@ -109,12 +109,7 @@ impl Namespaces {
     }
 
     /// The namespace that a directory entry mentions.
-    pub fn recovered(
-        &mut self,
-        tenant: TenantId,
-        public: bool,
-        tag: [u8; 16],
-    ) -> Result<NamespaceId, NamespaceError> {
+    pub fn recovered(&mut self, tenant: TenantId, public: bool, tag: [u8; 16]) -> Result<NamespaceId, NamespaceError> {
         self.find_or_add((!public).then_some(tenant), tenant, tag)
     }
 

@@ -287,9 +287,8 @@ impl Core {
     /// Says now and then how far prefetches are.
     pub(super) fn tell_prefetches(&mut self, actions: &mut Actions) {
         let now_ms = self.now_ms;
-        let due = |waiting: &Waiting| {
-            matches!(waiting, Waiting::Prefetch(wait) if wait.told_ms + PREFETCH_TELL_MS <= now_ms)
-        };
+        let due =
+            |waiting: &Waiting| matches!(waiting, Waiting::Prefetch(wait) if wait.told_ms + PREFETCH_TELL_MS <= now_ms);
         for id in self.pending.which(due) {
             if let Some(Waiting::Prefetch(wait)) = self.pending.get_mut(id) {
                 wait.told_ms = now_ms;

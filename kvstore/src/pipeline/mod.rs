@@ -284,7 +284,8 @@ impl Core {
 
     /// Where a request ends whose attachment is not there.
     fn unattached(attachment: AttachmentId) -> Reply {
-        let message = format!("attachment {:#x} is not known (expired, or the daemon was restarted); attach again", attachment.0);
+        let message =
+            format!("attachment {:#x} is not known (expired, or the daemon was restarted); attach again", attachment.0);
         Reply::refused(RefusalKind::Unattached, message)
     }
 
@@ -316,7 +317,9 @@ impl Core {
         self.retry_reserves(actions);
         self.pump_directory(actions);
         self.pump_lanes(actions);
-        if !self.preparing && let Some((segment, used)) = self.to_prepare.pop_front() {
+        if !self.preparing
+            && let Some((segment, used)) = self.to_prepare.pop_front()
+        {
             self.preparing = true;
             actions.push(Action::PrepareSegment { segment, used });
         }

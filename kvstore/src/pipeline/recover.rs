@@ -40,7 +40,9 @@ impl Core {
             disk.tier.slab.segment_ready(segment);
         }
         let mut copies = Copies::new();
-        for (file, found) in (0u32..).zip(files).flat_map(|(file, found)| found.segments.into_iter().map(move |s| (file, s))) {
+        for (file, found) in
+            (0u32..).zip(files).flat_map(|(file, found)| found.segments.into_iter().map(move |s| (file, s)))
+        {
             let segment = found.segment * file_count + file;
             if let Err(warning) = self.recover_segment(segment, found, &mut copies) {
                 warnings.push(warning);
@@ -62,7 +64,10 @@ impl Core {
         let disk = self.disk.as_mut().expect("its files were just read");
         let owner = Owner { tenant, slot_bytes: found.slot_bytes };
         let Some(shelf) = disk.tier.slab.shelf(owner) else {
-            return Err(format!("segment {segment} of the disk tier has slots of {} bytes, which do not fit", found.slot_bytes));
+            return Err(format!(
+                "segment {segment} of the disk tier has slots of {} bytes, which do not fit",
+                found.slot_bytes
+            ));
         };
         disk.tier.slab.assign(segment, shelf);
         disk.set_owner(segment, owner);

@@ -49,9 +49,7 @@ impl Core {
             let namespace = self.index.namespaces.get(node.namespace).tag;
             let (key, parent, block_bytes) = (node.key, self.index.parent_key(node.parent), self.block_bytes(id));
             let places = [Place::Host, Place::Disk].into_iter().filter(|&place| node.copy(place).is_some());
-            present.extend(
-                places.map(|place| Residency { key, parent, place, present: true, namespace, block_bytes }),
-            );
+            present.extend(places.map(|place| Residency { key, parent, place, present: true, namespace, block_bytes }));
         }
         Reply::Snapshot { sequence, present, next }
     }
@@ -92,7 +90,7 @@ impl Core {
             disk: self.disk.as_ref().map(|disk| (tier(Place::Disk), disk.health())),
             tenants: tenants.collect(),
             counters: self.counters,
-            attachments: self.attachments.len() as u64,
+            attachments: self.attachments.count() as u64,
         }
     }
 
@@ -159,6 +157,6 @@ impl Core {
 
     /// Whether nothing is waited for and nothing is under way.
     pub fn is_idle(&self) -> bool {
-        self.pending.len() == 0 && self.loads.is_empty() && self.write_backs.is_empty() && self.jobs.is_empty()
+        self.pending.count() == 0 && self.loads.is_empty() && self.write_backs.is_empty() && self.jobs.is_empty()
     }
 }

@@ -109,9 +109,7 @@ impl Core {
 
     /// Whether a slot of host memory may become free without anybody's doing.
     pub(super) fn room_is_coming(&self) -> bool {
-        self.memory_is_coming()
-            || self.draining[Place::Host.at()].is_some()
-            || !self.writing.is_empty()
+        self.memory_is_coming() || self.draining[Place::Host.at()].is_some() || !self.writing.is_empty()
     }
 
     fn make_room(&mut self, place: Place, shelf: ShelfId) -> bool {
@@ -164,9 +162,8 @@ impl Core {
     fn evict_of_tenant(&mut self, place: Place, tenant: TenantId) -> bool {
         let slab = self.slab(place);
         let shelves = slab.shelves().filter(|(_, owner)| owner.tenant == tenant).map(|(shelf, _)| shelf);
-        let mut shelves: Vec<(u64, ShelfId)> = shelves
-            .filter_map(|shelf| Some((self.index.coldest_use_ms(place, shelf)?, shelf)))
-            .collect();
+        let mut shelves: Vec<(u64, ShelfId)> =
+            shelves.filter_map(|shelf| Some((self.index.coldest_use_ms(place, shelf)?, shelf))).collect();
         shelves.sort_unstable();
         shelves.into_iter().any(|(_, shelf)| self.evict(place, shelf))
     }

@@ -34,7 +34,7 @@ impl Core {
         let host_slots: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
         let bytes: u64 = host_slots.iter().map(|&slot| u64::from(self.host.tier.slab.slot_bytes(slot))).sum();
         let full = self.is_write_back_full(bytes);
-        if full && !wanted || !wanted && !self.worth.admit(bytes, record.reused, self.now_ms) {
+        if !wanted && (full || !self.worth.admit(bytes, record.reused, self.now_ms)) {
             self.counters.write_backs_refused += 1;
             return false;
         }
@@ -211,7 +211,7 @@ impl Core {
 
     pub(super) fn pump_lanes(&mut self, actions: &mut Actions) {
         for (file, lanes) in (0u32..).zip(&mut self.lanes) {
-            while let Some((_, id)) = lanes.next() {
+            while let Some((_, id)) = lanes.take() {
                 let transfer = self.queued.remove(&id).expect("what is in a lane is queued");
                 actions.push(Action::Start(file, id, transfer));
             }
@@ -365,8 +365,7 @@ impl Core {
         }
         let namespace = under.namespace;
         let mut wait = DurableWait { namespace, keys, parts_left: 0, cycle: None };
-        let nodes: Vec<NodeId> =
-            wait.keys.iter().filter_map(|key| self.index.find(namespace, key)).collect();
+        let nodes: Vec<NodeId> = wait.keys.iter().filter_map(|key| self.index.find(namespace, key)).collect();
         let mut unflushed = false;
         for node in nodes {
             if self.index.node(node).copy(Place::Disk).is_some() {

@@ -11,15 +11,15 @@ use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys};
+use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys, send};
 use super::session::Session;
-use super::window::Window;
 use super::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
+use super::window::Window;
 use crate::device::memory::Arena;
 use crate::driver::Undo;
 use crate::index::events::Place;
 use crate::index::ids::TenantId;
-use crate::telemetry;
+use crate::{limits, telemetry};
 
 use wire::GetEndReason;
 use wire::get_reply::Part;
@@ -69,8 +69,8 @@ impl BlocksServer {
             let done = server.get_run(Run { session, keys, shard, until }, &sender).await;
             telemetry::request_done("get", start.elapsed());
             if let Err(status) = done {
-                // A client that is gone needs no answer.
-                let _ = sender.send(Err(status)).await;
+                // A client that is gone needs no answer; for one that is stuck nothing is held any more.
+                let _ = sender.send_timeout(Err(status), limits::CLIENT_STALL).await;
             }
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
@@ -198,6 +198,5 @@ fn copy_out(arena: &Arena, part: &LeasedPart, from: usize, length: usize) -> Byt
 }
 
 async fn say(replies: &Replies, part: Part) -> Result<(), Status> {
-    let reply = wire::GetReply { part: Some(part) };
-    replies.send(Ok(reply)).await.map_err(|_| Status::cancelled("the client is gone"))
+    send(replies, wire::GetReply { part: Some(part) }).await
 }

@@ -80,7 +80,9 @@ fn read_token(tenant: &Tenant, path: &Path) -> Result<String, TokenError> {
     let token = text.trim();
     let is_visible = token.bytes().all(|byte| byte.is_ascii_graphic());
     if token.len() < TOKEN_BYTES_MIN || !is_visible {
-        let what = format!("must have at least {TOKEN_BYTES_MIN} visible ASCII characters; make one with `openssl rand -hex 32`");
+        let what = format!(
+            "must have at least {TOKEN_BYTES_MIN} visible ASCII characters; make one with `openssl rand -hex 32`"
+        );
         return Err(TokenError::Content { path: name, tenant, what });
     }
     Ok(token.to_owned())
@@ -113,7 +115,9 @@ impl Identities {
                 let token = value.to_str().ok().and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default();
                 let tenant = self.by_token.get(blake3::hash(token.trim().as_bytes()).as_bytes());
                 tenant.copied().ok_or_else(|| {
-                    Status::unauthenticated("the token in metadata `authorization` is no tenant's; check the token file")
+                    Status::unauthenticated(
+                        "the token in metadata `authorization` is no tenant's; check the token file",
+                    )
                 })
             }
             None if local => self.tokenless.ok_or_else(|| {

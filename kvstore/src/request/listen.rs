@@ -21,7 +21,9 @@ pub use super::operator::OperatorServer as Operators;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// Somebody listens there.
-    #[error("a daemon already answers on socket {0}; stop it (`tender status` shows its process), or give this one another --socket")]
+    #[error(
+        "a daemon already answers on socket {0}; stop it (`tender status` shows its process), or give this one another --socket"
+    )]
     SocketTaken(String),
     /// The system said no.
     #[error("cannot listen on socket {path}: {source}; give a --socket in a folder that this user may write to")]
@@ -63,10 +65,11 @@ impl Listeners {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(config.socket_mode)).map_err(error)?;
         let tcp = match config.listen {
             None => None,
-            Some(address) => Some(TcpListener::bind(address).await.map_err(|source| ListenError::Address {
-                address: address.to_string(),
-                source,
-            })?),
+            Some(address) => Some(
+                TcpListener::bind(address)
+                    .await
+                    .map_err(|source| ListenError::Address { address: address.to_string(), source })?,
+            ),
         };
         Ok(Self { unix, tcp })
     }

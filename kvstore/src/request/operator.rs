@@ -59,14 +59,19 @@ fn tiers(status: &CoreStatus) -> Vec<wire::TierStatus> {
     let state = if ready { "ready" } else { "preparing" };
     let mut tiers = vec![tier(wire::Tier::Host, state.to_owned(), String::new(), host)];
     match &status.disk {
-        None => tiers.push(wire::TierStatus { tier: wire::Tier::Disk.into(), state: "off".to_owned(), ..Default::default() }),
+        None => tiers.push(wire::TierStatus {
+            tier: wire::Tier::Disk.into(),
+            state: "off".to_owned(),
+            ..Default::default()
+        }),
         Some((disk, health)) => {
             let (state, note) = match health {
                 Health::Good => ("ready", String::new()),
                 Health::Degraded(failures) => ("degraded", format!("{failures} requests failed in a row; see the log")),
-                Health::Disabled(_) => {
-                    ("disabled", "it failed again and again and is tried now and then; see the log, replace the disk".to_owned())
-                }
+                Health::Disabled(_) => (
+                    "disabled",
+                    "it failed again and again and is tried now and then; see the log, replace the disk".to_owned(),
+                ),
             };
             tiers.push(tier(wire::Tier::Disk, state.to_owned(), note, disk));
         }

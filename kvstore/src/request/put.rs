@@ -9,10 +9,10 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys};
+use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys, send};
 use super::session::Session;
-use super::window::Window;
 use super::verb::{CommitOutcome, Filled, Hold, Reply, ReserveOutcome, Verb};
+use super::window::Window;
 use crate::device::memory::{Arena, Extent};
 use crate::driver::Undo;
 use crate::index::ids::TenantId;
@@ -59,8 +59,8 @@ impl BlocksServer {
             let done = server.put_run(tenant, messages, &sender).await;
             telemetry::request_done("put", start.elapsed());
             if let Err(status) = done {
-                // A client that is gone needs no answer.
-                let _ = sender.send(Err(status)).await;
+                // A client that is gone needs no answer; for one that is stuck nothing is held any more.
+                let _ = sender.send_timeout(Err(status), limits::CLIENT_STALL).await;
             }
         });
         Box::pin(ReceiverStream::new(receiver))
@@ -101,10 +101,7 @@ impl BlocksServer {
         Ok(Header { session, parent, keys, shard, roots: header.roots, until })
     }
 
-    async fn reserve(
-        &self,
-        header: &Header,
-    ) -> Result<(Vec<PutOutcome>, Vec<Option<Filling>>, Option<Held>), Status> {
+    async fn reserve(&self, header: &Header) -> Result<(Vec<PutOutcome>, Vec<Option<Filling>>, Option<Held>), Status> {
         let session = &header.session;
         let wait = header.until.saturating_duration_since(tokio::time::Instant::now());
         let slot_bytes = u64::from(tier::shard_slot_bytes(&session.layout, header.shard.count as u8));
@@ -254,6 +251,5 @@ fn outcomes_of(outcomes: &[PutOutcome]) -> wire::PutOutcomes {
 }
 
 async fn say(replies: &mpsc::Sender<Result<wire::PutReply, Status>>, part: ReplyPart) -> Result<(), Status> {
-    let reply = wire::PutReply { part: Some(part) };
-    replies.send(Ok(reply)).await.map_err(|_| Status::cancelled("the client is gone"))
+    send(replies, wire::PutReply { part: Some(part) }).await
 }

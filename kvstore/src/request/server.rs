@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 
 use tender_proto::{BlockKey, Namespace, PROTOCOL_VERSION, convert, wire};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::identity::Identities;
 use super::session::{Session, Sessions};
-use super::window::Windows;
 use super::verb::{AttachVerb, AttachmentId, PurgeWhat, Refusal, RefusalKind, Reply, Verb};
+use super::window::Windows;
 use crate::driver::CoreHandle;
 use crate::index::ids::TenantId;
 use crate::{limits, telemetry};
@@ -60,6 +61,18 @@ pub(super) fn deadline(deadline_ms: u32) -> Result<Duration, Status> {
 
 fn unexpected(reply: &Reply) -> Status {
     Status::internal(format!("the core answered another question: {reply:?}"))
+}
+
+/// Sends a message of a stream. A client that takes nothing for long is treated as gone: what it holds is others' memory.
+pub(super) async fn send<T>(replies: &mpsc::Sender<Result<T, Status>>, reply: T) -> Result<(), Status> {
+    match replies.send_timeout(Ok(reply), limits::CLIENT_STALL).await {
+        Ok(()) => Ok(()),
+        Err(SendTimeoutError::Closed(_)) => Err(Status::cancelled("the client is gone")),
+        Err(SendTimeoutError::Timeout(_)) => Err(Status::deadline_exceeded(format!(
+            "the client took nothing for {} s; ask again and read on",
+            limits::CLIENT_STALL.as_secs()
+        ))),
+    }
 }
 
 /// The keys of a request.
@@ -210,7 +223,13 @@ impl BlocksServer {
                     Reply::Refused(refusal) => Err(server.refused(&session, refusal)),
                     other => Err(unexpected(&other)),
                 };
-                if sender.send(item).await.is_err() {
+                let item = match item {
+                    Ok(progress) => send(&sender, progress).await,
+                    Err(status) => Err(status),
+                };
+                if let Err(status) = item {
+                    // A client that is gone needs no answer; for one that is stuck nothing is held any more.
+                    let _ = sender.send_timeout(Err(status), limits::CLIENT_STALL).await;
                     return;
                 }
             }

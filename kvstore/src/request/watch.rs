@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::server::{BlocksServer, ReplyStream};
+use super::server::{BlocksServer, ReplyStream, send};
 use super::session::Session;
 use super::verb::{Reply, Verb};
 use crate::index::events::{Place, Residency};
@@ -31,8 +31,8 @@ impl BlocksServer {
         let server = self.clone();
         tokio::spawn(async move {
             if let Err(status) = server.watch_run(&session, after, &sender).await {
-                // A client that is gone needs no answer.
-                let _ = sender.send(Err(status)).await;
+                // A client that is gone needs no answer; for one that is stuck nothing is held any more.
+                let _ = sender.send_timeout(Err(status), limits::CLIENT_STALL).await;
             }
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
@@ -102,8 +102,7 @@ impl BlocksServer {
     }
 
     async fn tell(&self, replies: &Replies, part: Part) -> Result<(), Status> {
-        let reply = wire::WatchReply { epoch: self.epoch, part: Some(part) };
-        replies.send(Ok(reply)).await.map_err(|_| Status::cancelled("the client is gone"))
+        send(replies, wire::WatchReply { epoch: self.epoch, part: Some(part) }).await
     }
 }
 

@@ -417,9 +417,9 @@ impl Slab {
     /// Used slots of a segment, from `place` on.
     pub fn used_slots(&self, segment: u32, place: u32) -> impl Iterator<Item = SlotId> {
         let slots = &self.segments[segment as usize].slots;
-        slots.iter().enumerate().skip(place as usize).filter_map(move |(place, slot)| {
-            matches!(slot.state, SlotState::Filling | SlotState::Resident).then(|| SlotId::new(segment, place as u32))
-        })
+        let used = |slot: &Slot| matches!(slot.state, SlotState::Filling | SlotState::Resident);
+        let places = slots.iter().zip(0u32..).skip(place as usize);
+        places.filter(move |(slot, _)| used(slot)).map(move |(_, place)| SlotId::new(segment, place))
     }
 
     /// Slots that a segment is cut into; 0 while nobody owns it.

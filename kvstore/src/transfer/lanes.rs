@@ -48,7 +48,7 @@ impl Lanes {
     }
 
     /// What may be handed to the device now, and in which lane it is to be accounted.
-    pub fn next(&mut self) -> Option<(Lane, TransferId)> {
+    pub fn take(&mut self) -> Option<(Lane, TransferId)> {
         let in_flight: usize = self.in_flight.iter().sum();
         if in_flight >= self.depth {
             return None;

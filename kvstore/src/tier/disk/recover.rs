@@ -113,7 +113,9 @@ fn newest(
         .chunks_exact(PAGE_BYTES as usize)
         .zip(0u32..)
         .filter_map(|(bytes, copy)| Some((copy, DirectoryPage::decode(bytes, &superblock.page_key).ok()?)))
-        .filter(|(_, found)| found.segment == segment && found.page == page && epoch.is_none_or(|epoch| found.epoch == epoch))
+        .filter(|(_, found)| {
+            found.segment == segment && found.page == page && epoch.is_none_or(|epoch| found.epoch == epoch)
+        })
         .max_by_key(|(_, found)| (found.epoch, found.sequence))
 }
 

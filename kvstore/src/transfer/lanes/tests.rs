@@ -11,14 +11,14 @@ fn filled(depth: usize, counts: [u64; 3]) -> Lanes {
 }
 
 fn drain(lanes: &mut Lanes) -> Vec<Lane> {
-    std::iter::from_fn(|| lanes.next().map(|(lane, _)| lane)).collect()
+    std::iter::from_fn(|| lanes.take().map(|(lane, _)| lane)).collect()
 }
 
 #[test]
 fn what_somebody_waits_for_goes_before_the_rest_in_its_order() {
     let mut lanes = filled(1, [2, 2, 2]);
     let order = std::iter::from_fn(|| {
-        let (lane, id) = lanes.next()?;
+        let (lane, id) = lanes.take()?;
         lanes.done(lane);
         Some(id.0)
     });
@@ -40,7 +40,7 @@ fn write_back_has_an_eighth_however_much_is_read() {
     assert_eq!(handed.iter().filter(|&&lane| lane == Lane::WriteBack).count(), 2);
     for _ in 0..50 {
         lanes.done(Lane::Demand);
-        assert_eq!(lanes.next().map(|(lane, _)| lane), Some(Lane::Demand), "its share is taken already");
+        assert_eq!(lanes.take().map(|(lane, _)| lane), Some(Lane::Demand), "its share is taken already");
     }
 }
 
@@ -49,12 +49,11 @@ fn a_prefetch_that_somebody_waits_for_overtakes() {
     let mut lanes = filled(1, [1, 1, 2]);
     assert!(lanes.promote(TransferId(301)), "it was still queued");
     let mut order = Vec::new();
-    while let Some((lane, id)) = lanes.next() {
+    while let Some((lane, id)) = lanes.take() {
         order.push((lane, id.0));
         lanes.done(lane);
     }
-    let expected =
-        [(Lane::Demand, 100), (Lane::Demand, 301), (Lane::WriteBack, 200), (Lane::Prefetch, 300)];
+    let expected = [(Lane::Demand, 100), (Lane::Demand, 301), (Lane::WriteBack, 200), (Lane::Prefetch, 300)];
     assert_eq!(order, expected);
     assert!(!lanes.promote(TransferId(300)), "what is gone stays where it is");
 }

@@ -135,7 +135,7 @@ fn who_comes_during_a_cycle_gets_the_next_one() {
     write_all(&mut directory, 0, true);
     assert_eq!(flush(&mut directory, true), Some((first, true)));
     directory.start(false);
-    assert_eq!(write_all(&mut directory, 0, true).1, true, "it flushes although nothing changed");
+    assert!(write_all(&mut directory, 0, true).1, "it flushes although nothing changed");
     assert_eq!(flush(&mut directory, true), Some((second, true)));
 }
 
@@ -155,7 +155,11 @@ fn a_segment_without_an_owner_gets_a_page_that_says_so() {
     assert_ne!(void[0].1, before[0].1, "the past's first page is not written over before the new one is safe");
     directory.mark_again(name);
     let again = whole_cycle(&mut directory, 0);
-    assert_eq!(again.iter().map(|(name, copy)| (name.page, *copy)).collect::<Vec<_>>(), [(0, before[0].1)], "then it is");
+    assert_eq!(
+        again.iter().map(|(name, copy)| (name.page, *copy)).collect::<Vec<_>>(),
+        [(0, before[0].1)],
+        "then it is"
+    );
     directory.begin(0, 8);
     assert_ne!(whole_cycle(&mut directory, 0)[0].1, again[0].1, "a new owner goes on alternating");
 }
