@@ -66,7 +66,8 @@ impl Writer {
     async fn puts_at_once(&mut self) {
         let began = Instant::now();
         loop {
-            let told = self.put_after(|_| {}, self.chunks()).await;
+            let chunks = self.chunks();
+            let told = self.put_after(|_| {}, chunks).await;
             if let Ok(told) = &told
                 && told[0] == [PutOutcome::PutAccepted; 2]
             {
@@ -132,7 +133,8 @@ async fn headers_that_cannot_be_meant_are_refused() {
 async fn streams_out_of_order_are_refused() {
     let (site, daemon, mut writer) = start().await;
     let first: &[&str] = &["first message", "header"];
-    refused(put(&mut writer.blocks, writer.chunks()).await, Code::InvalidArgument, first);
+    let chunks = writer.chunks();
+    refused(put(&mut writer.blocks, chunks).await, Code::InvalidArgument, first);
     refused(put(&mut writer.blocks, Vec::new()).await, Code::InvalidArgument, first);
     refused(put(&mut writer.blocks, vec![PutRequest { part: None }]).await, Code::InvalidArgument, first);
     let cases: [(Vec<PutRequest>, &[&str]); 8] = [

@@ -4,7 +4,7 @@ use tender_client::proto::{BlockLayout, Namespace, Shard};
 use tender_client::{Attach, BlockStore, Put, Remote, Target};
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+pub async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let socket = std::env::var("TENDER_SOCKET")?;
     let namespace = Namespace::text("my-model", "bf16", 16); // 16 tokens per block
     let layout = BlockLayout::opaque(1 << 20); // 1 MiB per block

@@ -230,6 +230,7 @@ impl Config {
             text("salt_secret_file", file.display().to_string());
         }
         text("log", self.log.clone());
+        text("log_format", format!("{:?}", self.log_format).to_lowercase());
         let dirs = self.dirs.iter().map(|dir| toml::Value::String(dir.display().to_string())).collect();
         table.insert("dirs".to_owned(), toml::Value::Array(dirs));
         table.insert("allow_public".to_owned(), toml::Value::Boolean(self.allow_public));

@@ -53,9 +53,9 @@ pub fn memory_bytes() -> u64 {
 /// Looks at everything; changes nothing.
 pub fn doctor(config: &Config) -> Vec<Finding> {
     let mut findings = vec![memory(config), huge_pages(), memlock(config), io_uring()];
-    for dir in &config.dirs {
+    for (dir, index) in config.dirs.iter().zip(0u32..) {
         if config.disk.is_some() {
-            findings.push(folder(config, dir));
+            findings.push(folder(config, dir, index));
         }
     }
     findings.push(socket(&config.socket));
@@ -90,7 +90,11 @@ fn huge_pages() -> Finding {
 fn memlock(config: &Config) -> Finding {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
     let is_root = rustix::process::geteuid().is_root();
-    let found = limit.map_or("unlimited".to_owned(), |limit| Size(limit).to_string());
+    let found = match limit {
+        _ if is_root => "not limited for root".to_owned(),
+        None => "unlimited".to_owned(),
+        Some(limit) => Size(limit).to_string(),
+    };
     if is_root || limit.is_none_or(|limit| limit >= config.host.bytes()) {
         return Finding::new("memlock", found, Verdict::Good, "");
     }
@@ -113,7 +117,7 @@ fn existing(path: &Path) -> PathBuf {
     path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/")).to_owned()
 }
 
-fn folder(config: &Config, dir: &Path) -> Finding {
+fn folder(config: &Config, dir: &Path, index: u32) -> Finding {
     let what = format!("folder {}", dir.display());
     let base = existing(dir);
     let Ok(stat) = rustix::fs::statvfs(&base) else {
@@ -124,7 +128,7 @@ fn folder(config: &Config, dir: &Path) -> Finding {
         return Finding::new(&what, format!("{} is not writable", base.display()), Verdict::Bad, cure);
     }
     let wanted = config.disk.map_or(0, |disk| disk.file_bytes());
-    let there = std::fs::metadata(dir.join(crate::serve::tier_file_name(0))).map_or(0, |file| file.len());
+    let there = std::fs::metadata(dir.join(crate::serve::tier_file_name(index))).map_or(0, |file| file.len());
     let free = stat.f_bavail * stat.f_frsize + there;
     let direct = takes_direct(&base);
     let found =

@@ -6,11 +6,11 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::clock::Clock;
 use crate::device::memory::Arena;
@@ -85,7 +85,8 @@ impl Drop for Undo {
 #[derive(Debug)]
 enum Responder {
     Once(oneshot::Sender<Answer>),
-    Many(mpsc::Sender<Reply>),
+    /// Its permit is given back with the last answer.
+    Many(mpsc::Sender<Reply>, OwnedSemaphorePermit),
 }
 
 #[derive(Debug)]
@@ -254,13 +255,13 @@ impl Driver {
                 let mut answer = sender.send(Answer { reply, undo }).err()?;
                 answer.undo.as_mut().and_then(|undo| undo.verb.take())
             }
-            Responder::Many(sender) => {
+            Responder::Many(sender, permit) => {
                 // Progress that nobody fetched yet is as good as this one; the last word always finds a place kept for it.
                 if !more || sender.capacity() > 1 {
                     let _ = sender.try_send(reply);
                 }
                 if more && !sender.is_closed() {
-                    self.responders.insert(id, Responder::Many(sender));
+                    self.responders.insert(id, Responder::Many(sender, permit));
                 }
                 None
             }
@@ -369,7 +370,7 @@ impl CoreHandle {
         let permit = self.permits.try_acquire().map_err(|_| Self::busy())?;
         let (sender, receiver) = oneshot::channel();
         let request = self.request(tenant, deadline, verb);
-        self.sender.try_send(Input::Ask(request, Responder::Once(sender))).map_err(|_| Self::gone())?;
+        self.send(request, Responder::Once(sender))?;
         let answer = match tokio::time::timeout(deadline + GRACE, receiver).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => return Err(Self::gone()),
@@ -384,10 +385,18 @@ impl CoreHandle {
 
     /// Asks for something that is answered several times.
     pub fn ask_many(&self, tenant: TenantId, deadline: Duration, verb: Verb) -> Result<mpsc::Receiver<Reply>, Refusal> {
+        let permit = Arc::clone(&self.permits).try_acquire_owned().map_err(|_| Self::busy())?;
         let (sender, receiver) = mpsc::channel(4);
         let request = self.request(tenant, deadline, verb);
-        self.sender.try_send(Input::Ask(request, Responder::Many(sender))).map_err(|_| Self::gone())?;
+        self.send(request, Responder::Many(sender, permit))?;
         Ok(receiver)
+    }
+
+    fn send(&self, request: Request, responder: Responder) -> Result<(), Refusal> {
+        self.sender.try_send(Input::Ask(request, responder)).map_err(|error| match error {
+            TrySendError::Full(_) => Self::busy(),
+            TrySendError::Disconnected(_) => Self::gone(),
+        })
     }
 
     /// Ends the core's thread, whatever it is doing.
