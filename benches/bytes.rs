@@ -26,7 +26,7 @@ fn print(name: &str, mut values: Vec<f64>, unit: &str) {
 }
 
 fn main() {
-    let source: Vec<u8> = (0..BYTES).map(|i| (i * 31 >> 3) as u8).collect();
+    let source: Vec<u8> = (0..BYTES).map(|i| ((i * 31) >> 3) as u8).collect();
     let mut target = vec![0u8; BYTES];
     let tokens: Vec<u32> = (0..4 << 20).collect();
     let root = BlockKey::from_bytes([7; 32]);

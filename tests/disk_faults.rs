@@ -67,7 +67,7 @@ async fn a_flipped_byte_of_payload_is_a_miss_and_counted() {
     let site = Site::small();
     let daemon = site.start_ready().await;
     let mut runs = Vec::new();
-    for block_bytes in [4096, 50_000, 3_000_001] {
+    for block_bytes in [4096, 50_000, 2_000_001] {
         let run = Run::new(&store(&site, block_bytes).await, 1, 6);
         run.put_durably(&store(&site, block_bytes).await).await;
         runs.push((block_bytes, run));

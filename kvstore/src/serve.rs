@@ -154,8 +154,10 @@ async fn run(config: Config) -> Result<(), StartError> {
         epoch,
     };
     let (stop, stopped) = watch::channel(false);
+    // Before anything is served: what a client was told to be stored is not lost to a signal that comes early.
+    let asked_to_stop = asked_to_stop().map_err(StartError::System)?;
     let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
-    wait_for_signal().await.map_err(StartError::System)?;
+    asked_to_stop.await;
     tracing::info!("stopping: writing back what is only in memory, for at most {} s", limits::DRAIN.as_secs());
     // Whatever the drain did not manage in its time is a miss after the next start.
     let _ = handle.ask(TenantId(0), limits::DRAIN, Verb::Drain).await;
@@ -163,20 +165,21 @@ async fn run(config: Config) -> Result<(), StartError> {
     /// Streams that clients hold open (watches) end with the process.
     const LAST_WORDS: Duration = Duration::from_secs(1);
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
-    let _ = std::fs::remove_file(&config.socket);
     handle.stop();
     let _ = tokio::task::spawn_blocking(move || core_thread.join()).await;
     tracing::info!("stopped");
     Ok(())
 }
 
-async fn wait_for_signal() -> io::Result<()> {
+/// Resolves at SIGTERM or SIGINT, which from this call on do not end the process by themselves.
+fn asked_to_stop() -> io::Result<impl Future<Output = ()>> {
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }
 
 fn salts(config: &Config) -> Result<Vec<TenantSalt>, StartError> {

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tender_client::proto::wire::{StatusReply, Tier, TierStatus};
 use tender_client::{Attach, Operator, Remote, Target};
 
-use super::{signal, tender, wait_until};
+use super::{run, signal, tender, wait_until};
 
 /// A token that is long enough.
 pub const TOKEN: &str = "0123456789abcdef0123456789abcdef";
@@ -94,7 +94,7 @@ impl Site {
         command
     }
 
-    /// Starts a daemon and waits until it listens.
+    /// Starts a daemon and waits until it answers.
     pub fn start(&self) -> Running {
         let log = self.path("daemon.log");
         let mut running = Running { child: spawn(&mut self.command(), &log), socket: self.socket(), log };
@@ -102,7 +102,9 @@ impl Site {
             if let Some(status) = running.child.try_wait().unwrap() {
                 panic!("the daemon ended ({status}): {}", running.said());
             }
+            // A command costs more than a look at the socket, which is there before it is served.
             UnixStream::connect(&running.socket).is_ok()
+                && run(tender().arg("status").arg("--socket").arg(&running.socket)).status.success()
         });
         running
     }

@@ -1,8 +1,8 @@
 //! Sockets: a Unix socket always, a loopback address if configured, nothing else while there is no encryption.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use tender_proto::wire;
 use tokio::net::{TcpListener, UnixListener};
@@ -47,6 +47,28 @@ pub enum ListenError {
 pub struct Listeners {
     unix: UnixListener,
     tcp: Option<TcpListener>,
+    file: SocketFile,
+}
+
+/// The name of our Unix socket: removed with the daemon, whether it served or did not even start.
+struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), inode: std::fs::symlink_metadata(path)?.ino() })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Another daemon may have taken the name over.
+        if std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Listeners {
@@ -62,6 +84,7 @@ impl Listeners {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(error)?;
         }
         let unix = UnixListener::bind(path).map_err(error)?;
+        let file = SocketFile::of(path).map_err(error)?;
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(config.socket_mode)).map_err(error)?;
         let tcp = match config.listen {
             None => None,
@@ -71,7 +94,7 @@ impl Listeners {
                     .map_err(|source| ListenError::Address { address: address.to_string(), source })?,
             ),
         };
-        Ok(Self { unix, tcp })
+        Ok(Self { unix, tcp, file })
     }
 
     /// Serves until `stop` is resolved, then lets what is under way finish.
@@ -85,10 +108,11 @@ impl Listeners {
             // A sender that is gone says the same.
             let _ = stop.wait_for(|stop| *stop).await;
         };
+        let Self { unix, tcp, file: _until_the_end } = self;
         let unix = router(blocks.clone(), operators.clone())
-            .serve_with_incoming_shutdown(UnixListenerStream::new(self.unix), stopped(stop.clone()));
+            .serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped(stop.clone()));
         let tcp = async {
-            let Some(listener) = self.tcp else { return Ok(()) };
+            let Some(listener) = tcp else { return Ok(()) };
             router(blocks, operators)
                 .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped(stop))
                 .await

@@ -189,3 +189,6 @@ impl DiskTier {
         matches!(self.health, Health::Disabled(_))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,3 +123,6 @@ fn newest(
 pub fn entry_bits(entries: &[Option<Entry>]) -> u32 {
     entries.iter().zip(0u32..).fold(0, |bits, (entry, i)| bits | u32::from(entry.is_some()) << i)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,367 @@
+//! What clients ask, and what they do with what they are granted: groups of one to four shards that come and go, put chains, read them,
+//! die in between.
+
+use tender_proto::{BlockKey, Shard, sum};
+
+use super::oracle::Block;
+use super::payload::{self, Version};
+use super::random::Random;
+use super::scenario::Space;
+use super::world::{Due, World};
+use crate::device::memory::Extent;
+use crate::index::ids::TenantId;
+use crate::request::verb::{AttachVerb, AttachmentId, Filled, Hold, PurgeWhat, Verb};
+use crate::tier::slab::SlotId;
+
+/// An engine: one namespace, one number of shards, and as long as it lives one version of everything it writes.
+#[derive(Clone, Debug)]
+pub(super) struct Group {
+    pub(super) name: String,
+    pub(super) tenant: TenantId,
+    pub(super) space: usize,
+    pub(super) shards: u16,
+    pub(super) members: Vec<AttachmentId>,
+    pub(super) version: Version,
+}
+
+impl Group {
+    pub(super) fn new(number: usize, spaces: &[Space], random: &mut Random) -> Self {
+        let space = random.index(spaces.len());
+        Self {
+            name: format!("group-{number}"),
+            tenant: random.pick(&spaces[space].tenants),
+            space,
+            shards: random.pick(&[1, 1, 2, 4]),
+            members: Vec::new(),
+            version: Version::new(0, TenantId(0)),
+        }
+    }
+}
+
+/// A slot that a client fills.
+#[derive(Clone, Debug)]
+pub(super) struct Put {
+    pub(super) group: usize,
+    pub(super) version: Version,
+    pub(super) block: Block,
+    pub(super) shard: Shard,
+    pub(super) hold: Hold,
+    pub(super) extent: Extent,
+    pub(super) payload_bytes: usize,
+}
+
+/// A slot that a client reads.
+#[derive(Clone, Debug)]
+pub(super) struct Lease {
+    pub(super) tenant: TenantId,
+    pub(super) block: Block,
+    pub(super) shard: Shard,
+    pub(super) hold: Hold,
+    pub(super) extent: Extent,
+    pub(super) payload_bytes: usize,
+    pub(super) version: Version,
+}
+
+/// What was asked, as the client remembers it.
+#[derive(Clone, Debug)]
+pub(super) enum Question {
+    Attach {
+        group: usize,
+    },
+    Lookup {
+        space: usize,
+        at: Vec<usize>,
+    },
+    Reserve {
+        group: usize,
+        version: Version,
+        at: Vec<usize>,
+        shard: Shard,
+    },
+    Commit {
+        puts: Vec<Put>,
+    },
+    Acquire {
+        space: usize,
+        at: Vec<usize>,
+    },
+    Prefetch {
+        count: usize,
+    },
+    Durable {
+        space: usize,
+        at: Vec<usize>,
+    },
+    /// Of these blocks, or of all.
+    Purge {
+        space: usize,
+        at: Option<Vec<usize>>,
+    },
+    Status,
+    /// Whatever the answer is.
+    Any,
+    /// The world's own.
+    Own,
+}
+
+impl World {
+    /// One operation of some client.
+    pub(super) fn operate(&mut self) {
+        let group = self.random.skewed(self.groups.len());
+        let members = self.groups[group].members.len();
+        if members == 0 || members < 3 && self.random.happens(20) {
+            return self.attach(group);
+        }
+        /// Of the operations below, in their order.
+        const WEIGHTS: [u64; 12] = [12, 90, 300, 300, 50, 60, 25, 1, 15, 10, 12, 1];
+        match self.random.weighted(&WEIGHTS) {
+            0 => self.detach(group),
+            1 => self.lookup(group),
+            2 => self.put(group),
+            3 => self.get(group),
+            4 => self.prefetch(group),
+            5 => self.durable(group),
+            6 => self.purge(group),
+            7 => self.purge_all(group),
+            8 => {
+                let (tenant, deadline_ms) = (self.groups[group].tenant, self.deadline_ms());
+                self.ask(tenant, deadline_ms, Verb::Status, Question::Status);
+            }
+            9 => self.compare_snapshot(),
+            10 => self.ask_nonsense(group),
+            _ => {
+                let seconds = self.random.between(1, 80);
+                self.clients_live = false;
+                self.pass(seconds * 1_000_000);
+                self.clients_live = true;
+                self.schedule(0, Due::Operation);
+            }
+        }
+    }
+
+    pub(super) fn deadline_ms(&mut self) -> u64 {
+        let wait_ms = match self.random.below(10) {
+            0 => self.random.below(5),
+            1..4 => self.random.between(20, 200),
+            _ => 5_000,
+        };
+        self.now_ms() + wait_ms
+    }
+
+    /// A member of a group that has one.
+    fn member(&mut self, group: usize) -> (TenantId, AttachmentId) {
+        let members = &self.groups[group].members;
+        (self.groups[group].tenant, members[self.random.index(members.len())])
+    }
+
+    /// A run of a chain: mostly from its start, mostly short.
+    fn run_of_chain(&mut self, space: usize, len_max: usize) -> (Option<usize>, Vec<usize>) {
+        let chains = &self.scenario.spaces[space].chains;
+        let chain = &chains[self.random.skewed(chains.len())];
+        let start = if self.random.happens(100) { self.random.index(chain.len()) } else { 0 };
+        let count = 1 + self.random.index(len_max.min(chain.len() - start));
+        (start.checked_sub(1).map(|before| chain[before]), chain[start..start + count].to_vec())
+    }
+
+    fn keys(&self, space: usize, at: &[usize]) -> Vec<BlockKey> {
+        at.iter().map(|&at| self.scenario.spaces[space].keys[at]).collect()
+    }
+
+    pub(super) fn attach_verb(&mut self, space: usize, group: &str) -> (AttachmentId, Verb) {
+        let Space { namespace, layout, root, .. } = self.scenario.spaces[space].clone();
+        let attachment = self.name_attachment();
+        let expected_root = self.random.happens(500).then_some(root);
+        let (group, member) = (group.to_owned(), String::new());
+        (attachment, Verb::Attach(Box::new(AttachVerb { attachment, group, member, namespace, layout, expected_root })))
+    }
+
+    fn attach(&mut self, group: usize) {
+        let Group { name, tenant, space, .. } = self.groups[group].clone();
+        let (_, verb) = self.attach_verb(space, &name);
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Attach { group });
+    }
+
+    fn detach(&mut self, group: usize) {
+        let (tenant, member) = self.member(group);
+        self.groups[group].members.retain(|&other| other != member);
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, Verb::Detach(member), Question::Any);
+        // What comes instead is another engine.
+        if self.groups[group].members.is_empty() && self.random.happens(700) {
+            let name = std::mem::take(&mut self.groups[group].name);
+            self.groups[group] = Group { name, ..Group::new(group, &self.scenario.spaces, &mut self.random) };
+        }
+    }
+
+    fn lookup(&mut self, group: usize) {
+        let (tenant, member) = self.member(group);
+        let space = self.groups[group].space;
+        let (_, at) = self.run_of_chain(space, 16);
+        let verb = Verb::Lookup(member, self.keys(space, &at));
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Lookup { space, at });
+    }
+
+    /// All ranks of a group put their shard of a run, each by itself; now and then one of them does not.
+    fn put(&mut self, group: usize) {
+        let Group { space, shards, version, .. } = self.groups[group];
+        let (before, at) = self.run_of_chain(space, 8);
+        let parent = before.map_or(self.scenario.spaces[space].root, |before| self.scenario.spaces[space].keys[before]);
+        let keys = self.keys(space, &at);
+        let first = self.random.below(shards.into()) as u16;
+        for index in (0..shards).map(|index| (first + index) % shards) {
+            if shards > 1 && self.random.happens(80) {
+                continue;
+            }
+            let (tenant, attachment) = self.member(group);
+            let shard = Shard { index, count: shards };
+            let bytes_max = if self.random.happens(100) { self.random.below(200_000) } else { u64::MAX };
+            let verb = Verb::Reserve { attachment, parent, keys: keys.clone(), shard, bytes_max };
+            let deadline_ms = self.deadline_ms();
+            let question = Question::Reserve { group, version, at: at.clone(), shard };
+            self.ask(tenant, deadline_ms, verb, question);
+        }
+    }
+
+    /// Slots were granted: half of the bytes now, the rest (and whether at all) later.
+    pub(super) fn begin_puts(&mut self, puts: Vec<Put>) {
+        for put in &puts {
+            self.hold(put.hold, put.extent, false);
+            let payload = self.payload(put);
+            self.arena.write(put.extent, 0, &payload[..payload.len() / 2]);
+        }
+        if !puts.is_empty() {
+            let after_us = match self.random.below(100) {
+                0 => self.random.below(70_000_000),
+                1..20 => self.random.below(200_000),
+                _ => self.random.below(2_000),
+            };
+            self.schedule(after_us, Due::FinishPut(puts));
+        }
+    }
+
+    fn payload(&self, put: &Put) -> Vec<u8> {
+        let key = self.scenario.spaces[put.block.space].keys[put.block.at];
+        payload::bytes(&key, put.version, put.shard, put.payload_bytes)
+    }
+
+    /// Commits what was granted in one reply, or aborts it; what a client that died had is aborted by its connection's end.
+    pub(super) fn finish_puts(&mut self, puts: Vec<Put>) {
+        for put in &puts {
+            let payload = self.payload(put);
+            let half = payload.len() / 2;
+            self.arena.write(put.extent, half, &payload[half..]);
+            self.arena.zero_from(put.extent, payload.len());
+        }
+        let Group { tenant, ref members, .. } = self.groups[puts[0].group];
+        let member = members.first().copied();
+        let deadline_ms = self.deadline_ms();
+        let holds = puts.iter().map(|put| put.hold).collect();
+        let Some(attachment) = member.filter(|_| !self.random.happens(50)) else {
+            puts.iter().for_each(|put| self.let_go(put.extent));
+            self.ask(tenant, deadline_ms, Verb::Abort(holds), Question::Any);
+            return;
+        };
+        let filled = puts.iter().map(|put| {
+            self.let_go(put.extent);
+            Filled { hold: put.hold, sums: self.arena.fragment_sums(put.extent, put.payload_bytes) }
+        });
+        let filled = filled.collect();
+        self.ask(tenant, deadline_ms, Verb::Commit(attachment, filled), Question::Commit { puts });
+    }
+
+    fn get(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let (_, at) = self.run_of_chain(space, 12);
+        let bytes_max = if self.random.happens(200) { self.random.below(300_000) } else { u64::MAX };
+        let verb = Verb::Acquire { attachment, keys: self.keys(space, &at), bytes_max };
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Acquire { space, at });
+    }
+
+    /// Leases were read once; they are read again when they end, for nobody may have written meanwhile.
+    pub(super) fn keep_leases(&mut self, leases: Vec<Lease>) {
+        if !leases.is_empty() {
+            let after_us = match self.random.below(100) {
+                _ if !self.clients_live => 0,
+                0 => self.random.below(20_000_000),
+                1..20 => self.random.below(100_000),
+                _ => self.random.below(1_000),
+            };
+            self.schedule(after_us, Due::Release(leases));
+        }
+    }
+
+    pub(super) fn release(&mut self, leases: Vec<Lease>) {
+        for lease in &leases {
+            let key = &self.scenario.spaces[lease.block.space].keys[lease.block.at];
+            let written = payload::bytes(key, lease.version, lease.shard, lease.payload_bytes);
+            assert!(self.read(lease) == written, "a lease's bytes changed: {lease:?}");
+            self.let_go(lease.extent);
+        }
+        let holds = leases.iter().map(|lease| lease.hold).collect();
+        let deadline_ms = self.deadline_ms();
+        self.ask(leases[0].tenant, deadline_ms, Verb::Release(holds), Question::Any);
+    }
+
+    fn prefetch(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let (_, at) = self.run_of_chain(space, 24);
+        let verb = Verb::Prefetch(attachment, self.keys(space, &at));
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Prefetch { count: at.len() });
+    }
+
+    fn durable(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let (_, at) = self.run_of_chain(space, 12);
+        let verb = Verb::Durable(attachment, self.keys(space, &at));
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Durable { space, at });
+    }
+
+    fn purge(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let (_, at) = self.run_of_chain(space, 6);
+        let verb = Verb::Purge(attachment, PurgeWhat::Keys(self.keys(space, &at)));
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Purge { space, at: Some(at) });
+    }
+
+    fn purge_all(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let deadline_ms = self.deadline_ms();
+        let verb = Verb::Purge(attachment, PurgeWhat::Namespace);
+        self.ask(tenant, deadline_ms, verb, Question::Purge { space, at: None });
+    }
+
+    /// What no honest client asks.
+    fn ask_nonsense(&mut self, group: usize) {
+        let (tenant, attachment) = self.member(group);
+        let space = self.groups[group].space;
+        let root = self.scenario.spaces[space].root;
+        let slot = SlotId::new(self.random.below(40) as u32, self.random.below(300) as u32);
+        let hold = Hold { slot, generation: u32::MAX - self.random.below(9) as u32 };
+        let [one, other] = [1, 2].map(|byte| BlockKey::from_bytes([byte; 32]));
+        let shard = Shard { index: 0, count: 1 };
+        let reserve = |parent, key| Verb::Reserve { attachment, parent, keys: vec![key], shard, bytes_max: 0 };
+        let verb = match self.random.below(8) {
+            0 => Verb::Lookup(AttachmentId(u64::MAX), vec![root]),
+            1 => Verb::Release(vec![hold]),
+            2 => Verb::Abort(vec![hold]),
+            3 => Verb::Commit(attachment, vec![Filled { hold, sums: vec![sum::GOLDEN] }]),
+            4 => Verb::Acquire { attachment, keys: Vec::new(), bytes_max: 0 },
+            5 => Verb::Reserve { attachment, parent: root, keys: vec![root], shard, bytes_max: u64::MAX },
+            6 => reserve(one, other),
+            _ => reserve(other, one),
+        };
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Any);
+    }
+}

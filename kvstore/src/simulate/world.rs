@@ -1,0 +1,331 @@
+//! Clock, queue and disks around the core: gives it events in the order in which they are due, and does what it asks for.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Summary;
+use super::clients::{Group, Lease, Put, Question};
+use super::oracle::Oracle;
+use super::random::Random;
+use super::scenario::Scenario;
+use super::trace::Trace;
+use crate::device::block::BlockDevice;
+use crate::device::block::simulated::SimulatedDisk;
+use crate::device::memory::{Arena, Extent};
+use crate::index::ids::TenantId;
+use crate::limits;
+use crate::pipeline::{Action, Core, Event};
+use crate::request::verb::{AttachmentId, Hold, Reply, Request, RequestId, Verb};
+use crate::transfer::Transfer;
+use crate::transfer::disk::InFlight;
+
+/// Something that will happen.
+#[derive(Debug)]
+pub(super) enum Due {
+    Tick,
+    Continue,
+    SegmentReady { segment: u32, used: bool },
+    Operation,
+    FinishPut(Vec<Put>),
+    Release(Vec<Lease>),
+}
+
+/// A question that was not answered yet.
+#[derive(Debug)]
+pub(super) struct Asked {
+    pub(super) tenant: TenantId,
+    pub(super) deadline_ms: u64,
+    /// The step in which it was asked.
+    pub(super) step: u64,
+    pub(super) question: Question,
+}
+
+/// One file and its thread.
+pub(super) struct Disk {
+    pub(super) device: SimulatedDisk,
+    pub(super) in_flight: InFlight,
+}
+
+/// A part of the arena that a client may touch; nobody else may until it lets go.
+pub(super) type Held = BTreeMap<(u32, u32), (u32, u32)>;
+
+/// Everything there is.
+pub(super) struct World {
+    pub(super) scenario: Scenario,
+    pub(super) random: Random,
+    pub(super) trace: Trace,
+    pub(super) oracle: Oracle,
+    pub(super) summary: Summary,
+    pub(super) core: Core,
+    pub(super) arena: Arc<Arena>,
+    pub(super) disks: Vec<Disk>,
+    /// Since the daemon's start; so is everything that is counted in its milliseconds.
+    pub(super) now_us: u64,
+    queue: BTreeMap<(u64, u64), Due>,
+    queued: u64,
+    pub(super) asked: BTreeMap<RequestId, Asked>,
+    /// Answers to what the world itself asked.
+    pub(super) heard: BTreeMap<RequestId, Reply>,
+    last_request: u64,
+    last_attachment: u64,
+    pub(super) groups: Vec<Group>,
+    pub(super) last_version: u64,
+    /// Per tenant: the attachment that watches, and the last event seen.
+    pub(super) watchers: Vec<(AttachmentId, u64)>,
+    /// Per tenant: the last event that the core has announced.
+    pub(super) announced: BTreeMap<TenantId, u64>,
+    watching: bool,
+    /// What is leased (any number of readers) or reserved (one writer): where, then bytes and how many hold it.
+    pub(super) held: Held,
+    pub(super) clients_live: bool,
+}
+
+impl World {
+    pub(super) fn new(scenario: Scenario, trace: Trace) -> Self {
+        let core = &scenario.core;
+        let arena = Arena::new(core.host_segment_bytes, core.host_segment_count).expect("memory for a small arena");
+        let random = &mut Random::new(scenario.seed, 2);
+        let groups = (0..scenario.group_count).map(|number| Group::new(number, &scenario.spaces, random)).collect();
+        let images = Self::blank_images(&scenario);
+        let mut world = Self {
+            random: random.clone(),
+            trace,
+            oracle: Oracle::new(&scenario.spaces, scenario.lossy),
+            summary: Summary::default(),
+            core: Core::new(core.clone()),
+            arena: Arc::new(arena),
+            disks: Vec::new(),
+            now_us: 0,
+            queue: BTreeMap::new(),
+            queued: 0,
+            asked: BTreeMap::new(),
+            heard: BTreeMap::new(),
+            last_request: 0,
+            last_attachment: 0,
+            groups,
+            last_version: 0,
+            watchers: Vec::new(),
+            announced: BTreeMap::new(),
+            watching: false,
+            held: Held::new(),
+            clients_live: false,
+            scenario,
+        };
+        world.boot(images);
+        world
+    }
+
+    pub(super) fn run(mut self, operations: u64) -> Summary {
+        let mut left = operations;
+        self.clients_live = true;
+        self.schedule(0, Due::Operation);
+        while left > 0 {
+            if self.random.below(1_000_000) < self.scenario.crashes / 4 {
+                self.crash();
+                self.clients_live = true;
+                self.schedule(0, Due::Operation);
+            }
+            left -= u64::from(self.advance());
+        }
+        self.clients_live = false;
+        self.end();
+        self.summary.trace = self.trace.hash();
+        self.summary
+    }
+
+    pub(super) fn now_ms(&self) -> u64 {
+        self.now_us / 1000
+    }
+
+    pub(super) fn schedule(&mut self, after_us: u64, due: Due) {
+        self.queued += 1;
+        self.queue.insert((self.now_us + after_us, self.queued), due);
+    }
+
+    /// Everything that would have happened to this daemon will not.
+    pub(super) fn forget_queue(&mut self) {
+        self.queue.clear();
+    }
+
+    /// Lets the next thing happen; returns whether it was an operation of a client.
+    pub(super) fn advance(&mut self) -> bool {
+        let queued_us = self.queue.keys().next().map_or(u64::MAX, |(due_us, _)| *due_us);
+        let disks_us = self.disks.iter().filter_map(|disk| disk.device.next_due_us()).min().unwrap_or(u64::MAX);
+        self.now_us = self.now_us.max(queued_us.min(disks_us));
+        if disks_us <= queued_us {
+            self.complete_transfers();
+            return false;
+        }
+        let Some((_, due)) = self.queue.pop_first() else { return false };
+        match due {
+            Due::Tick => {
+                self.schedule(limits::TICK.as_micros() as u64, Due::Tick);
+                self.step(Event::Tick);
+                self.nobody_is_forgotten();
+            }
+            Due::Continue => self.step(Event::Continue),
+            Due::SegmentReady { segment, used } => {
+                if used {
+                    self.arena.zero(segment);
+                }
+                self.step(Event::SegmentReady(segment));
+            }
+            Due::Operation => {
+                if self.clients_live {
+                    let pause_us = self.random.below(self.scenario.pause_us);
+                    self.schedule(pause_us, Due::Operation);
+                    self.operate();
+                }
+                return self.clients_live;
+            }
+            Due::FinishPut(puts) => self.finish_puts(puts),
+            Due::Release(leases) => self.release(leases),
+        }
+        false
+    }
+
+    fn complete_transfers(&mut self) {
+        let mut outcomes = Vec::new();
+        for Disk { device, in_flight } in &mut self.disks {
+            device.advance(self.now_us);
+            let mut done = Vec::new();
+            device.wait(Duration::ZERO, &mut done);
+            outcomes.extend(done.into_iter().map(|done| in_flight.outcome(done)));
+        }
+        for (transfer, outcome) in outcomes {
+            self.step(Event::TransferDone(transfer, outcome));
+        }
+        self.submit();
+    }
+
+    fn submit(&mut self) {
+        for Disk { device, in_flight } in &mut self.disks {
+            device.advance(self.now_us);
+            in_flight.submit(device);
+        }
+    }
+
+    /// Deadlines are met to a tick.
+    fn nobody_is_forgotten(&self) {
+        let late = |asked: &Asked| asked.deadline_ms + 2 * limits::TICK.as_millis() as u64;
+        if let Some((id, asked)) = self.asked.iter().find(|(_, asked)| late(asked) < self.now_ms()) {
+            panic!("{id:?} is not answered at {} ms: {asked:?}", self.now_ms());
+        }
+    }
+
+    /// One step of the core, and all it asks for.
+    pub(super) fn step(&mut self, event: Event) {
+        match &event {
+            Event::Request(request) => {
+                let question = self.asked.get(&request.id).map(|asked| &asked.question);
+                self.trace.note(format_args!("{} us: {:?} {question:?}", self.now_us, request.id));
+            }
+            event => self.trace.note(format_args!("{} us: {event:?}", self.now_us)),
+        }
+        let mut actions = Vec::new();
+        self.summary.steps += 1;
+        self.core.step(event, self.now_ms(), &mut actions);
+        for action in actions {
+            self.carry_out(action);
+        }
+        if self.summary.steps.is_multiple_of(64) {
+            self.core.check();
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) {
+        match action {
+            Action::Reply(id, reply) => self.answered(id, reply),
+            Action::Start(file, id, transfer) => {
+                match &transfer {
+                    Transfer::WritePage { offset, page } => {
+                        let sum = tender_proto::sum::fragment_sum(&page.0);
+                        self.trace.note(format_args!("  {id:?} on {file}: page at {offset}, {sum:x}"));
+                    }
+                    transfer => self.trace.note(format_args!("  {id:?} on {file}: {transfer:?}")),
+                }
+                self.disks[file as usize].in_flight.start(id, transfer);
+                self.submit();
+            }
+            Action::PrepareSegment { segment, used } => {
+                self.trace.note(format_args!("  prepare segment {segment}"));
+                let (start, end) = ((segment, 0), (segment + 1, 0));
+                assert!(self.held.range(start..end).next().is_none(), "segment {segment} changes owner while in use");
+                let after_us = self.random.between(10, 20_000);
+                self.schedule(after_us, Due::SegmentReady { segment, used });
+            }
+            Action::Residency(tenant, sequence) => {
+                let announced = self.announced.entry(tenant).or_insert(0);
+                *announced = sequence.max(*announced);
+                // Asking for events may cause events: those are asked for when the first have been read.
+                if !std::mem::replace(&mut self.watching, true) {
+                    while let Some(tenant) = self.tenant_with_news() {
+                        self.watch(tenant);
+                    }
+                    self.watching = false;
+                }
+            }
+            Action::Again => self.schedule(1, Due::Continue),
+            Action::Warn(warning) => self.trace.note(format_args!("  {warning}")),
+        }
+    }
+
+    pub(super) fn name_attachment(&mut self) -> AttachmentId {
+        self.last_attachment += 1;
+        AttachmentId(self.last_attachment)
+    }
+
+    /// Asks the core something; the answer comes to `answered`.
+    pub(super) fn ask(&mut self, tenant: TenantId, deadline_ms: u64, verb: Verb, question: Question) -> RequestId {
+        self.last_request += 1;
+        let id = RequestId(self.last_request);
+        let step = self.summary.steps;
+        self.asked.insert(id, Asked { tenant, deadline_ms, step, question });
+        self.step(Event::Request(Request { id, tenant, deadline_ms, verb }));
+        id
+    }
+
+    /// Asks, and lets time pass until the answer is there.
+    pub(super) fn ask_and_wait(&mut self, tenant: TenantId, deadline_ms: u64, verb: Verb) -> Reply {
+        let id = self.ask(tenant, deadline_ms, verb, Question::Own);
+        loop {
+            if let Some(reply) = self.heard.remove(&id) {
+                return reply;
+            }
+            self.advance();
+        }
+    }
+
+    pub(super) fn pass(&mut self, time_us: u64) {
+        let end_us = self.now_us + time_us;
+        while self.now_us < end_us {
+            self.advance();
+        }
+    }
+
+    /// A client may touch these bytes from now on.
+    pub(super) fn hold(&mut self, hold: Hold, extent: Extent, is_lease: bool) {
+        let (start, end) = (extent.offset, extent.offset + extent.bytes);
+        let before = self.held.range(..(extent.segment, end)).next_back();
+        if let Some((&(segment, offset), &(bytes, readers))) = before
+            && segment == extent.segment
+            && offset + bytes > start
+        {
+            let shared = is_lease && readers > 0 && offset == start && bytes == extent.bytes;
+            assert!(shared, "{hold:?} grants {extent:?}, in which somebody holds {bytes} bytes at {offset}");
+        }
+        let (_, readers) = self.held.entry((extent.segment, start)).or_insert((extent.bytes, 0));
+        *readers += u32::from(is_lease);
+    }
+
+    /// A client touches these bytes no more.
+    pub(super) fn let_go(&mut self, extent: Extent) {
+        let key = (extent.segment, extent.offset);
+        let (_, readers) = self.held.get_mut(&key).expect("only what is held is let go");
+        *readers = readers.saturating_sub(1);
+        if *readers == 0 {
+            self.held.remove(&key);
+        }
+    }
+}
