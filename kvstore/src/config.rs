@@ -365,7 +365,7 @@ impl Written {
             salt_secret_file: self.salt_secret_file,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
             log_format: self.log_format.unwrap_or_default(),
-            tenants: check_tenants(self.tenants, self.token_file, self.listen.is_some())?,
+            tenants: check_tenants(self.tenants, self.token_file, self.listen)?,
         })
     }
 }
@@ -373,7 +373,7 @@ impl Written {
 fn check_tenants(
     mut tenants: Vec<Tenant>,
     token_file: Option<PathBuf>,
-    listens: bool,
+    listen: Option<SocketAddr>,
 ) -> Result<Vec<Tenant>, ConfigError> {
     if tenants.is_empty() {
         tenants.push(Tenant { name: "default".to_owned(), token_file, host_quota: None, disk_quota: None });
@@ -398,9 +398,9 @@ fn check_tenants(
         let rule = "only one tenant may do without a token_file: whoever comes over the Unix socket without a token";
         return Err(value_error("tenants", tenants.len(), rule));
     }
-    if listens && tenants.iter().all(|tenant| tenant.token_file.is_none()) {
+    if let Some(address) = listen.filter(|_| tenants.iter().all(|tenant| tenant.token_file.is_none())) {
         let rule = "over TCP everybody needs a token; give --token-file, or a token_file to a tenant";
-        return Err(value_error("listen", "set", rule));
+        return Err(value_error("listen", address, rule));
     }
     Ok(tenants)
 }

@@ -339,6 +339,11 @@ impl CoreHandle {
         &self.arena
     }
 
+    /// Number of tenants.
+    pub fn tenant_count(&self) -> usize {
+        self.residency.len()
+    }
+
     /// The daemon's clock.
     pub fn clock(&self) -> Clock {
         self.clock

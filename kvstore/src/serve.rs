@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::clock::Clock;
 use crate::config::{Config, Geometry};
 use crate::device::block::file::{OpenError, TierFile};
-use crate::device::block::{self, BlockDevice};
+use crate::device::block::{self, BlockDevice, PageFile};
 use crate::device::memory::{Arena, Extent};
 use crate::doctor::{Finding, Verdict};
 use crate::driver::Driver;
@@ -91,6 +91,7 @@ pub fn tier_file_name(index: u32) -> String {
 /// Runs a daemon until SIGTERM or SIGINT; then writes back what is only in memory, for a while, and returns.
 pub fn serve(config: Config) -> Result<(), StartError> {
     telemetry::start_log(&config.log, config.log_format).map_err(|error| StartError::Log(config.log.clone(), error))?;
+    stop_on_broken_invariant();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
         .thread_name("tender-grpc")
@@ -98,6 +99,19 @@ pub fn serve(config: Config) -> Result<(), StartError> {
         .build()
         .map_err(StartError::System)?;
     runtime.block_on(run(config))
+}
+
+/// A panic of the core, or of a thread that it counts on, ends the process: a daemon that lives on without them answers nothing. A
+/// panic in a request's task ends that request alone.
+fn stop_on_broken_invariant() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        let own = ["tender-core", "tender-disk", "tender-prepare"];
+        if std::thread::current().name().is_some_and(|name| own.contains(&name)) {
+            std::process::abort();
+        }
+    }));
 }
 
 /// What the files are, once open.
@@ -267,6 +281,8 @@ fn read_store(
         recover::initialize(file, &superblock).map_err(|source| error(source.into()))?;
         return Ok(RecoveredFile::default());
     };
+    // A killed daemon's last pages may be in the disk's cache only; what is read below is taken for flushed, so it must be.
+    file.flush().map_err(|source| error(source.into()))?;
     let (store, page_key) = *identity.get_or_insert((found.identity, found.page_key));
     let expected = Superblock { identity: store, page_key, ..wanted.clone() };
     if found != expected {
@@ -316,7 +332,7 @@ fn open_device(
     if !fresh {
         // Nothing is in the arena yet, so its first segment can be read into.
         let scratch = Extent { segment: 0, offset: 0, bytes: scratch_bytes as u32 };
-        let bytes = block::PageFile::bytes(file);
+        let bytes = file.bytes();
         let probe = block::probe::probe_depth(device.as_mut(), bytes, scratch, PROBE_BYTES, random());
         depth = probe.depth;
         measured = format!(", reads {:.1} GB/s", probe.read_bytes_per_s as f64 / 1e9);

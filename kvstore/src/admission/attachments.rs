@@ -36,6 +36,7 @@ pub struct Attachments {
     attachments: HashMap<AttachmentId, (Attachment, String)>,
     groups: HashMap<(TenantId, String), Group>,
     last_group: u32,
+    tenant_count: usize,
 }
 
 /// Why an attach is refused.
@@ -57,15 +58,23 @@ pub enum AttachError {
         theirs: String,
     },
     /// The table is full.
-    #[error("{} attachments are in use and no more fit; detach what is not needed", limits::ATTACHMENTS_MAX)]
-    Full,
+    #[error(
+        "this tenant has {0} attachments, and no more fit; detach what is not needed, or wait until the idle ones expire"
+    )]
+    Full(usize),
 }
 
 impl Attachments {
+    /// None yet; each of the tenants may have its part of them.
+    pub fn new(tenant_count: usize) -> Self {
+        Self { tenant_count, ..Self::default() }
+    }
+
     /// Whether a process may join that group under that namespace.
     pub fn may_join(&self, tenant: TenantId, group: &str, namespace: &Namespace) -> Result<(), AttachError> {
-        if self.attachments.len() >= limits::ATTACHMENTS_MAX {
-            return Err(AttachError::Full);
+        let own = self.attachments.values().filter(|(attachment, _)| attachment.tenant == tenant).count();
+        if own >= limits::ATTACHMENTS_MAX / self.tenant_count.max(1) {
+            return Err(AttachError::Full(own));
         }
         let Some(known) = self.groups.get(&(tenant, group.to_owned())) else { return Ok(()) };
         let theirs = &known.namespace;

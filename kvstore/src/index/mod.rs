@@ -119,6 +119,9 @@ impl Node {
     }
 }
 
+/// Blocks walked to find out whether a parent link would close a ring.
+const RING_STEPS_MAX: usize = 4_096;
+
 fn hash(seed: u64, namespace: NamespaceId, key: &BlockKey) -> u64 {
     sum::mix(sum::seed(key, tender_proto::Shard::WHOLE, seed) ^ u64::from(namespace.0))
 }
@@ -187,7 +190,9 @@ impl Index {
             return node == above;
         }
         let parent = |&node: &NodeId| Some(self.node(node).parent).filter(|&parent| parent != NodeId::NONE);
-        std::iter::successors(Some(node), parent).any(|node| node == above)
+        // A chain too long to be walked is taken for a ring: its parts are found all the same, and only evicted in another order.
+        let mut chain = std::iter::successors(Some(node), parent);
+        chain.by_ref().take(RING_STEPS_MAX).any(|node| node == above) || chain.next().is_some()
     }
 
     fn insert(&mut self, namespace: NamespaceId, key: BlockKey) -> NodeId {

@@ -16,6 +16,8 @@ pub struct NamespaceRecord {
     pub tag: [u8; 16],
     /// What it is, once somebody attached to it; a directory knows only the tag.
     pub known: Option<Known>,
+    /// Fingerprint of the layout of blocks found at start.
+    pub found_layout: Option<u64>,
     /// Blocks with a copy in any tier.
     pub blocks: u64,
 }
@@ -45,7 +47,7 @@ pub struct Namespaces {
 pub enum NamespaceError {
     /// Others hold blocks of another shape under the same name.
     #[error(
-        "layout disagrees: this namespace (model `{model}`) already holds blocks of {theirs} bytes ({their_layout}), but the \
+        "layout disagrees: others attached to this namespace (model `{model}`) with blocks of {theirs} bytes ({their_layout}), but the \
          attach says {ours} bytes ({our_layout}); attach with that layout, or put what differs into namespace.revision"
     )]
     LayoutDiffers {
@@ -60,8 +62,24 @@ pub enum NamespaceError {
         /// Layout as asked for.
         our_layout: String,
     },
+    /// What was found on disk has another layout.
+    #[error(
+        "layout disagrees: on disk are {blocks} blocks of this namespace (model `{model}`) in another layout than this one (blocks of \
+         {ours} bytes); attach with theirs, or put what differs into namespace.revision"
+    )]
+    FoundLayoutDiffers {
+        /// Name of the model.
+        model: String,
+        /// Blocks found.
+        blocks: u64,
+        /// Bytes of a block as asked for.
+        ours: u64,
+    },
     /// The table is full.
-    #[error("{} namespaces are in use and no more fit; purge one that is not needed", limits::NAMESPACES_MAX)]
+    #[error(
+        "{} namespaces were attached to since the start, and no more fit until the daemon is restarted",
+        limits::NAMESPACES_MAX
+    )]
     Full,
 }
 
@@ -101,6 +119,13 @@ impl Namespaces {
                 our_layout: format!("{:?}", layout.form),
             }),
             Some(_) => Ok(id),
+            None if record.blocks > 0 && record.found_layout != Some(layout.fingerprint()) => {
+                Err(NamespaceError::FoundLayoutDiffers {
+                    model: namespace.model,
+                    blocks: record.blocks,
+                    ours: layout.block_bytes(),
+                })
+            }
             None => {
                 record.known = Some(Known { namespace, root, layout, fingerprint: layout.fingerprint() });
                 Ok(id)
@@ -109,8 +134,16 @@ impl Namespaces {
     }
 
     /// The namespace that a directory entry mentions.
-    pub fn recovered(&mut self, tenant: TenantId, public: bool, tag: [u8; 16]) -> Result<NamespaceId, NamespaceError> {
-        self.find_or_add((!public).then_some(tenant), tenant, tag)
+    pub fn recovered(
+        &mut self,
+        tenant: TenantId,
+        public: bool,
+        tag: [u8; 16],
+        layout: u64,
+    ) -> Result<NamespaceId, NamespaceError> {
+        let id = self.find_or_add((!public).then_some(tenant), tenant, tag)?;
+        self.get_mut(id).found_layout = Some(layout);
+        Ok(id)
     }
 
     fn find_or_add(
@@ -126,7 +159,7 @@ impl Namespaces {
             return Err(NamespaceError::Full);
         }
         let id = NamespaceId(self.records.len() as u32);
-        self.records.push(NamespaceRecord { tenant, tag, known: None, blocks: 0 });
+        self.records.push(NamespaceRecord { tenant, tag, known: None, found_layout: None, blocks: 0 });
         self.by_tag.insert((owner, tag), id);
         Ok(id)
     }

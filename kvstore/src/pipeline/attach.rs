@@ -3,6 +3,7 @@
 use tender_proto::{BlockLayout, ReuseRule};
 
 use super::Core;
+use crate::admission::attachments::AttachError;
 use crate::index::ids::{GroupId, NamespaceId, TenantId};
 use crate::request::verb::{AttachVerb, Attached, AttachmentId, RefusalKind, Reply};
 use crate::tier;
@@ -57,7 +58,11 @@ impl Core {
             return Reply::refused(RefusalKind::Contradiction, message);
         }
         if let Err(error) = self.attachments.may_join(tenant, &group, &namespace) {
-            return Reply::refused(RefusalKind::Contradiction, error.to_string());
+            let kind = match error {
+                AttachError::Full(_) => RefusalKind::Busy,
+                AttachError::GroupDisagrees { .. } => RefusalKind::Contradiction,
+            };
+            return Reply::refused(kind, error.to_string());
         }
         let id = match self.index.namespaces.attach(tenant, namespace.clone(), layout, root) {
             Ok(id) => id,

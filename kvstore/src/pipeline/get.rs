@@ -42,7 +42,6 @@ impl Core {
 
     /// Leases in order of the chain until a block is missing or the bytes are used up, starting loads for what is on disk. Never waits
     /// for a slot: a block that cannot be loaded now ends the run.
-    #[expect(clippy::too_many_arguments, reason = "the fields of one verb")]
     pub(super) fn acquire(
         &mut self,
         id: RequestId,
@@ -51,7 +50,6 @@ impl Core {
         attachment: AttachmentId,
         keys: &[BlockKey],
         bytes_max: u64,
-        actions: &mut Actions,
     ) -> Option<Reply> {
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
         if !self.pending.has_room() {
@@ -91,7 +89,6 @@ impl Core {
             return Some(self.acquired(wait));
         }
         self.pending.park(id, deadline_ms, Waiting::Acquire(wait));
-        let _ = actions;
         None
     }
 

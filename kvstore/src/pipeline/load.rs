@@ -2,7 +2,7 @@
 
 use tender_proto::sum;
 
-use super::{Actions, Core, Job};
+use super::{Action, Actions, Core, Job};
 use crate::completion::Load;
 use crate::index::events::Place;
 use crate::index::ids::{GroupId, NodeId};
@@ -106,31 +106,35 @@ impl Core {
         actions: &mut Actions,
     ) {
         let bytes = u64::from(self.host.tier.slab.slot_bytes(host_slot));
-        let quarantine = match outcome {
+        let (failed, is_bad) = match outcome {
             Outcome::Done(sums) => {
                 self.counters.load_bytes += bytes;
                 self.disk_mut().succeeded();
                 self.host.set_sums(host_slot, &sums);
                 self.disk_mut().verified(disk_slot);
                 self.host.tier.slab.slot_mut(host_slot).root = self.disk().tier.slab.slot(disk_slot).root;
-                false
+                (false, false)
             }
             Outcome::Mismatch => {
                 self.counters.sum_mismatches += 1;
-                true
+                actions.push(Action::Warn(
+                    "a block read from disk is not what was written: a miss, and its slot is retired".to_owned(),
+                ));
+                (true, true)
             }
             Outcome::Failed(fault) => {
                 self.counters.load_failures += 1;
+                // The copy stays: what the disk refuses now it may give later.
                 self.disk_failed(&format!("a read failed ({fault:?})"), actions);
-                true
+                (true, false)
             }
         };
         self.unread(Place::Disk, disk_slot);
         let load = self.loads.get_mut(&node).expect("a load's transfers end before it does");
         load.parts_left -= 1;
-        load.failed |= quarantine;
+        load.failed |= failed;
         let (last, cancelled) = (load.parts_left == 0, load.cancelled);
-        if quarantine && !cancelled && self.index.node(node).copy(Place::Disk).is_some() {
+        if is_bad && !cancelled && self.index.node(node).copy(Place::Disk).is_some() {
             self.drop_bad_copy(node, disk_slot);
         }
         if last {
@@ -138,7 +142,7 @@ impl Core {
         }
     }
 
-    /// A copy on disk that cannot be read, or is not what was written, is of no use; its slot is not used again for now.
+    /// A copy on disk that is not what was written is of no use; its slot is not used again for now.
     fn drop_bad_copy(&mut self, node: NodeId, bad: SlotId) {
         let slots = self.withdraw(node, Place::Disk);
         for slot in slots {

@@ -197,7 +197,7 @@ impl Core {
         let lanes = config.disk.iter().flat_map(|disk| (0..disk.file_count).map(|_| Lanes::new(disk.depth))).collect();
         Self {
             now_ms: 0,
-            attachments: Attachments::default(),
+            attachments: Attachments::new(config.tenants.len()),
             worth: Worth::new(config.write_bytes_per_day),
             index: Index::new(config.tenants.len(), config.seed),
             host,
@@ -263,7 +263,7 @@ impl Core {
                 Some(Reply::Done)
             }
             Verb::Acquire { attachment, keys, bytes_max } => {
-                self.acquire(id, tenant, deadline_ms, attachment, &keys, bytes_max, actions)
+                self.acquire(id, tenant, deadline_ms, attachment, &keys, bytes_max)
             }
             Verb::Release(holds) => {
                 self.release(&holds);

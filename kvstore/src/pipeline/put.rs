@@ -12,6 +12,9 @@ use crate::request::verb::{AttachmentId, CommitOutcome, Filled, Hold, Reply, Req
 use crate::tier;
 use crate::tier::slab::{Owner, SlotId, SlotState};
 
+/// Reservations tried again at once.
+const RETRIES: usize = 64;
+
 /// Longest wait for room. What is not there by then is taken from the coldest, or refused.
 const WAIT_MS: u64 = 200;
 
@@ -140,16 +143,17 @@ impl Core {
         }
     }
 
-    /// Tries requests that wait for room, oldest first, until one still finds none.
+    /// Tries requests that wait for room, oldest first.
     pub(super) fn retry_reserves(&mut self, actions: &mut Actions) {
         if !std::mem::take(&mut self.room_made) {
             return;
         }
-        for id in self.pending.which(|waiting| matches!(waiting, Waiting::Reserve(_))) {
+        let waiting = self.pending.which(|waiting| matches!(waiting, Waiting::Reserve(_)));
+        for id in waiting.into_iter().take(RETRIES) {
             let Some(Waiting::Reserve(request)) = self.pending.take(id) else { continue };
-            match self.reserve(request) {
-                Some(reply) => actions.push(Action::Reply(id, reply)),
-                None => break,
+            // One that still finds none holds nobody up: others may want another size.
+            if let Some(reply) = self.reserve(request) {
+                actions.push(Action::Reply(id, reply));
             }
         }
     }
@@ -261,6 +265,10 @@ impl Core {
                 return;
             }
             self.partial.pop_front();
+            // A shard that came later counts for its whole block.
+            if self.partial.iter().any(|(_, later, _)| *later == node) {
+                continue;
+            }
             let slab = &self.host.tier.slab;
             let record = slab.standing(slot, generation);
             let still = record.is_some_and(|record| record.node == node && record.state == SlotState::Resident)

@@ -78,7 +78,7 @@ impl Core {
             for (entry, i) in page.entries.into_iter().zip(0u32..) {
                 let place = page.page * ENTRIES_PER_PAGE + i;
                 let Some(entry) = entry.filter(|_| place < slots) else { continue };
-                let namespace = self.index.namespaces.recovered(tenant, entry.public, entry.namespace);
+                let namespace = self.index.namespaces.recovered(tenant, entry.public, entry.namespace, entry.layout);
                 let namespace = namespace.map_err(|error| error.to_string())?;
                 copies
                     .entry((entry.written, namespace, entry.key))
@@ -114,8 +114,8 @@ impl Core {
             record.root = entry.root;
             record.state = SlotState::Resident;
             record.next = slots.get(at + 1).map_or(SlotId::NONE, |(next, _)| *next);
-            let Entry { payload_bytes, kind, reuse_rule, public, .. } = *entry;
-            disk.set_note(*slot, Note { written, payload_bytes, kind, reuse_rule, public, verified: false });
+            let Entry { payload_bytes, kind, reuse_rule, public, layout, .. } = *entry;
+            disk.set_note(*slot, Note { written, payload_bytes, kind, reuse_rule, public, layout, verified: false });
         }
         let shelf = disk.tier.slab.shelf_of(slots[0].0);
         let block_bytes = slots.iter().map(|(_, entry)| entry.payload_bytes).sum();

@@ -3,7 +3,7 @@
 use tender_proto::BlockLayout;
 
 use super::Core;
-use crate::completion::{AcquireWait, Waiting};
+use crate::completion::Waiting;
 use crate::index::events::{Place, Residency};
 use crate::index::ids::{NodeId, TenantId};
 use crate::limits;
@@ -107,7 +107,7 @@ impl Core {
                 Some(reply) => reply,
                 None => unreachable!("a reservation waits no longer than its deadline"),
             },
-            Waiting::Acquire(wait) => self.acquired(AcquireWait { ..wait }),
+            Waiting::Acquire(wait) => self.acquired(wait),
             Waiting::Prefetch(wait) => Self::last_word(wait),
             Waiting::Durable(wait) => self.durable_reply(&wait),
             Waiting::Purge(_) => Reply::refused(

@@ -179,7 +179,9 @@ impl Core {
         let donors = others.filter(|&other| other != shelf && slab.shelf_size(other).0 > 0);
         let Some(donor) = donors.max_by_key(|&donor| age(donor).unwrap_or(u64::MAX)) else { return };
         let worth_it = match (age(shelf), age(donor)) {
-            (None, _) | (_, None) => true,
+            // A shelf without any segment must get one; one whose blocks are merely all in use waits for them.
+            (None, _) => self.slab(place).shelf_size(shelf).0 == 0,
+            (Some(_), None) => self.slab(place).shelf_size(donor).1 == 0,
             (Some(own), Some(other)) => other > 2 * own + DRAIN_MARGIN_MS,
         };
         if !worth_it {

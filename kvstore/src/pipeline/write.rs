@@ -173,7 +173,10 @@ impl Core {
             record.state = SlotState::Resident;
             let payload_bytes = layout.shard_bytes(record.shard_count.into()) as u32;
             let (kind, reuse_rule) = (layout.kind as u8, layout.reuse_rule.ordinal() as u8);
-            disk.set_note(slot, Note { written, payload_bytes, kind, reuse_rule, public, verified: true });
+            disk.set_note(
+                slot,
+                Note { written, payload_bytes, kind, reuse_rule, public, layout: layout.fingerprint(), verified: true },
+            );
             disk.directory.mark(slot);
         }
         let shelf = disk.tier.slab.shelf_of(slots[0]);
@@ -327,6 +330,7 @@ impl Core {
             kind: note.kind,
             reuse_rule: note.reuse_rule,
             public: note.public,
+            layout: note.layout,
         })
     }
 

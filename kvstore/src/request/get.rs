@@ -19,7 +19,7 @@ use crate::device::memory::Arena;
 use crate::driver::Undo;
 use crate::index::events::Place;
 use crate::index::ids::TenantId;
-use crate::{limits, telemetry};
+use crate::{limits, telemetry, tier};
 
 use wire::GetEndReason;
 use wire::get_reply::Part;
@@ -44,6 +44,11 @@ struct Leases {
 }
 
 impl Run {
+    /// Bytes that a lease of one block holds: whole pages.
+    fn held_bytes(&self) -> u64 {
+        tier::slot_bytes(self.session.layout.block_bytes()).into()
+    }
+
     /// What is left of its time.
     fn wait(&self) -> Duration {
         self.until.saturating_duration_since(tokio::time::Instant::now()).max(Duration::from_millis(1))
@@ -77,7 +82,8 @@ impl BlocksServer {
     }
 
     async fn get_run(&self, run: Run, replies: &Replies) -> Result<(), Status> {
-        let window_bytes = self.windows.lease_bytes(run.session.layout.block_bytes());
+        let tenant = run.session.tenant;
+        let window_bytes = self.windows.lease_bytes(run.held_bytes());
         let mut sent = 0;
         let mut ahead: Option<JoinHandle<Result<Leases, Status>>> = None;
         let reason = loop {
@@ -85,7 +91,7 @@ impl BlocksServer {
                 Some(ahead) => {
                     ahead.await.map_err(|error| Status::internal(format!("a window was not leased: {error}")))??
                 }
-                None => match self.windows.lease(window_bytes, run.wait()).await {
+                None => match self.windows.lease(tenant, window_bytes, run.wait()).await {
                     Some(window) => self.acquire(run.clone(), sent, window).await?,
                     None => break GetEndReason::GetEndDeadline,
                 },
@@ -94,7 +100,7 @@ impl BlocksServer {
             let taken = sent + count;
             if end.is_none() && taken < run.keys.len() {
                 // A task of its own, not a future polled beside: copying must not keep it from being asked for.
-                ahead = self.windows.lease_ahead(window_bytes).map(|window| {
+                ahead = self.windows.lease_ahead(tenant, window_bytes).map(|window| {
                     let (server, run) = (self.clone(), run.clone());
                     tokio::spawn(async move { server.acquire(run, taken, window).await })
                 });
@@ -117,7 +123,7 @@ impl BlocksServer {
 
     async fn acquire(&self, run: Run, from: usize, window: Window) -> Result<Leases, Status> {
         let session = &run.session;
-        let blocks = (window.bytes / session.layout.block_bytes()).max(1) as usize;
+        let blocks = (window.bytes / run.held_bytes()).max(1) as usize;
         let keys = run.keys[from..].iter().take(blocks).copied().collect();
         let verb = Verb::Acquire { attachment: session.attachment, keys, bytes_max: window.bytes };
         let answer = self.core.ask(session.tenant, run.wait(), verb).await;

@@ -105,7 +105,8 @@ impl BlocksServer {
         let session = &header.session;
         let wait = header.until.saturating_duration_since(tokio::time::Instant::now());
         let slot_bytes = u64::from(tier::shard_slot_bytes(&session.layout, header.shard.count as u8));
-        let Some(window) = self.windows.reserve(slot_bytes * header.keys.len() as u64, wait).await else {
+        let Some(window) = self.windows.reserve(session.tenant, slot_bytes * header.keys.len() as u64, wait).await
+        else {
             return Ok((vec![PutOutcome::PutShed; header.keys.len()], Vec::new(), None));
         };
         let verb = Verb::Reserve {
@@ -214,7 +215,7 @@ async fn fill(
     messages: &mut Streaming<wire::PutRequest>,
 ) -> Result<(), Status> {
     let shard_bytes = header.session.layout.shard_bytes(header.shard.count) as usize;
-    while let Some(message) = messages.message().await? {
+    while let Some(message) = next(messages).await? {
         let Some(Part::Chunk(chunk)) = message.part else {
             return Err(invalid("after its header a put has chunks only"));
         };
@@ -244,6 +245,15 @@ async fn fill(
         }
     }
     Ok(())
+}
+
+/// The next message. A client that sends nothing for long is treated as gone: what it holds is others' memory.
+async fn next(messages: &mut Streaming<wire::PutRequest>) -> Result<Option<wire::PutRequest>, Status> {
+    let stalled = || {
+        let stall = limits::CLIENT_STALL.as_secs();
+        Status::deadline_exceeded(format!("no chunk came for {stall} s; nothing was stored, put again"))
+    };
+    tokio::time::timeout(limits::CLIENT_STALL, messages.message()).await.map_err(|_| stalled())?
 }
 
 fn outcomes_of(outcomes: &[PutOutcome]) -> wire::PutOutcomes {

@@ -83,7 +83,7 @@ pub(super) fn keys(bytes: &[u8]) -> Result<Vec<BlockKey>, Status> {
 impl BlocksServer {
     /// A server in front of a core.
     pub fn new(core: CoreHandle, identities: Arc<Identities>, epoch: u64) -> Self {
-        let windows = Arc::new(Windows::new(core.arena()));
+        let windows = Arc::new(Windows::new(core.arena(), core.tenant_count()));
         Self { core, identities, sessions: Arc::default(), windows, epoch }
     }
 

@@ -26,7 +26,8 @@
 //!           80    8   root of the sum            104    1   kind, 0 attention
 //!           88    8   written: number of the copy, 105  1   reuse rule, 0 prefix
 //!                     the same for all its shards 106   1   1: public namespace
-//!                                                107   21   zeros: retention, later
+//!                                                107    8   fingerprint of the layout
+//!                                                115   13   zeros: retention, later
 //! ```
 //! What the format rests on: a page that was written but not flushed may be old, new or garbage after a power cut, and a flush covers
 //! all writes that had completed before it. So a page is never written over its last flushed copy; the payload needs no order at all,
@@ -113,6 +114,8 @@ pub struct Entry {
     pub reuse_rule: u8,
     /// Under a public namespace.
     pub public: bool,
+    /// `BlockLayout::fingerprint` of the block's layout: sums are of no use under another.
+    pub layout: u64,
 }
 
 /// Why bytes are not what they should be.
@@ -274,6 +277,7 @@ impl Entry {
         fields.put(&self.shard_index.to_le_bytes());
         fields.put(&self.shard_count.to_le_bytes());
         fields.put(&[self.kind, self.reuse_rule, u8::from(self.public)]);
+        fields.put(&self.layout.to_le_bytes());
     }
 
     fn decode(place: &[u8]) -> Self {
@@ -290,6 +294,7 @@ impl Entry {
             kind: take::<1>(place, at)[0],
             reuse_rule: take::<1>(place, at)[0],
             public: take::<1>(place, at)[0] == 1,
+            layout: u64::from_le_bytes(take(place, at)),
         }
     }
 }

@@ -45,6 +45,8 @@ pub struct Note {
     pub reuse_rule: u8,
     /// Under a public namespace.
     pub public: bool,
+    /// Fingerprint of the block's layout.
+    pub layout: u64,
     /// The slot is known to hold what the entry says: written, or read, since the start. An entry may survive a crash that its payload
     /// did not.
     pub verified: bool,

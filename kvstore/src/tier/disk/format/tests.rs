@@ -8,24 +8,27 @@ const KEY: [u8; 32] = [9; 32];
 
 fn entry() -> impl Strategy<Value = Entry> {
     let numbers = (any::<[u8; 32]>(), any::<[u8; 32]>(), any::<[u8; 16]>(), any::<u64>(), any::<u64>(), any::<u32>());
-    (numbers, any::<(u16, u16, u8, u8, bool)>()).prop_map(|((key, parent, namespace, root, written, payload), rest)| {
-        let (shard_index, shard_count, kind, reuse_rule, public) = rest;
-        let (key, parent) = (BlockKey::from_bytes(key), BlockKey::from_bytes(parent));
-        let payload_bytes = payload;
-        Entry {
-            key,
-            parent,
-            namespace,
-            root,
-            written,
-            payload_bytes,
-            shard_index,
-            shard_count,
-            kind,
-            reuse_rule,
-            public,
-        }
-    })
+    (numbers, any::<(u16, u16, u8, u8, bool, u64)>()).prop_map(
+        |((key, parent, namespace, root, written, payload), rest)| {
+            let (shard_index, shard_count, kind, reuse_rule, public, layout) = rest;
+            let (key, parent) = (BlockKey::from_bytes(key), BlockKey::from_bytes(parent));
+            let payload_bytes = payload;
+            Entry {
+                key,
+                parent,
+                namespace,
+                root,
+                written,
+                payload_bytes,
+                shard_index,
+                shard_count,
+                kind,
+                reuse_rule,
+                public,
+                layout,
+            }
+        },
+    )
 }
 
 prop_compose! {

@@ -33,6 +33,7 @@ fn write(image: &mut DiskImage, page: u32, copy: u32, epoch: u64, sequence: u64)
         kind: 0,
         reuse_rule: 0,
         public: false,
+        layout: 0,
     };
     let mut entries = vec![None; format::ENTRIES_PER_PAGE as usize];
     entries[0] = Some(entry);
