@@ -3,6 +3,7 @@
 use tender_client::proto::{BlockLayout, Namespace, Shard};
 use tender_client::{Attach, BlockStore, Put, Remote, Target};
 
+/// Exits with an error where no daemon answers.
 #[tokio::main]
 pub async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let socket = std::env::var("TENDER_SOCKET")?;
