@@ -142,7 +142,7 @@ impl Core {
         }
     }
 
-    /// A copy on disk that is not what was written is of no use; its slot is not used again for now.
+    /// A copy on disk that is not what was written is of no use; its slot is not used again before its segment is.
     fn drop_bad_copy(&mut self, node: NodeId, bad: SlotId) {
         let slots = self.withdraw(node, Place::Disk);
         for slot in slots {
