@@ -4,6 +4,7 @@ mod conformance;
 #[expect(dead_code, reason = "each test file uses what it needs")]
 mod support;
 
+use support::blocks::{Run, attach_to};
 use support::site::{Site, TOKEN, free_address};
 use tender_client::proto::{BlockLayout, Namespace};
 use tender_client::{Attach, InMemory, Null, Remote, Target};
@@ -37,6 +38,17 @@ async fn a_daemon_over_its_socket_keeps_its_promises() {
     let daemon = site.start();
     conformance::suite(async |attach| site.attach(attach).await, true).await;
     daemon.at_rest().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_run_as_large_as_half_of_a_small_host_tier_is_stored_whole() {
+    let site = Site::small();
+    let daemon = site.start();
+    let store = site.attach(attach_to("small-host", BlockLayout::opaque(64 << 10))).await;
+    let run = Run::new(&store, 1, 512);
+    run.put(&store).await;
+    run.expect(&store, None).await;
     daemon.stop();
 }
 

@@ -105,6 +105,25 @@ async fn verify(writers: &[Remote], ledger: &Ledger) -> usize {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_get_right_after_a_start_waits_for_memory() {
+    let site = Site::new(&["--host", "256MiB", "--disk", "128MiB"]);
+    let daemon = site.start();
+    let attach = attach_to("at-once", BlockLayout::opaque(1 << 20));
+    let run = {
+        let store = site.attach(attach.clone()).await;
+        let run = Run::new(&store, 1, 64);
+        run.put_durably(&store).await;
+        run
+    };
+    daemon.kill();
+    for _ in 0..3 {
+        let daemon = site.start();
+        run.expect(&site.attach(attach.clone()).await, Some(Tier::Disk)).await;
+        daemon.kill();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_said_to_be_durable_survives_kills_at_any_moment() {
     let site = Site::of_two_tenants(&["--host", "256MiB", "--disk", "1GiB"]);
     let ledger = Arc::new(Mutex::new(Ledger::default()));

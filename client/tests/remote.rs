@@ -332,6 +332,17 @@ async fn a_header_is_kept_within_the_largest_message() {
 }
 
 #[tokio::test]
+async fn a_put_is_cut_to_what_the_daemon_holds_of_one() {
+    let world = World::of(Node { put_bytes_max: 8192, ..Node::new() });
+    let attach = Attach { layout: BlockLayout::opaque(100), ..attach() };
+    let client = Remote::attach(Target::Unix(world.socket()), None, attach).await.unwrap();
+    let keys = client.terms().chain(&(0..20).collect::<Vec<u32>>());
+    let payloads = vec![Bytes::from(vec![3; 100]); 5];
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 5]);
+    assert_eq!(world.node.puts.load(Ordering::Relaxed), 3, "two slots of a page at once");
+}
+
+#[tokio::test]
 async fn a_run_larger_than_the_daemon_holds_goes_in_pieces() {
     let world = World::new();
     let attach = Attach { layout: BlockLayout::opaque(10 << 20), ..attach() };

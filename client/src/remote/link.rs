@@ -30,9 +30,11 @@ const MESSAGE_BYTES_DEFAULT: usize = 4 << 20;
 /// Messages are larger than what they carry.
 const MESSAGE_OVERHEAD_BYTES: usize = 4096;
 
-/// Bytes of one put. The daemon holds slots for 64 MiB of one put at once (`kvstore/src/limits.rs`) and has no room for what goes
-/// beyond; a slot is at most twice as large as what it holds.
+/// Most bytes of one put: a longer one gains nothing, and is sent again as a whole when the daemon goes away in the middle of it.
 const PUT_BYTES_MAX: usize = 32 << 20;
+
+/// The daemon's slots are whole pages.
+const PAGE_BYTES: usize = 4096;
 
 /// One attachment over one connection.
 #[derive(Debug)]
@@ -43,6 +45,7 @@ pub(super) struct Link {
     pub(super) keys_max: usize,
     pub(super) chunk_bytes_max: usize,
     request_bytes_max: usize,
+    put_bytes_max: usize,
 }
 
 impl Link {
@@ -73,6 +76,7 @@ impl Link {
             keys_max: terms.keys_max,
             chunk_bytes_max: or(reply.chunk_bytes_max, 1 << 20).min(request_bytes_max - MESSAGE_OVERHEAD_BYTES),
             request_bytes_max,
+            put_bytes_max: or(reply.put_bytes_max, PUT_BYTES_MAX).min(PUT_BYTES_MAX),
         };
         Ok((link, terms))
     }
@@ -88,7 +92,8 @@ impl Link {
     pub(super) fn put_keys_max(&self, block_tokens: usize, shard_bytes: usize) -> usize {
         let header_bytes = KEY_BYTES + size_of::<u64>() + 5 * block_tokens;
         let in_header = (self.request_bytes_max - MESSAGE_OVERHEAD_BYTES) / header_bytes;
-        self.keys_max.min(in_header).min(PUT_BYTES_MAX / shard_bytes.max(1)).max(1)
+        let slot_bytes = shard_bytes.next_multiple_of(PAGE_BYTES).max(PAGE_BYTES);
+        self.keys_max.min(in_header).min(self.put_bytes_max / slot_bytes).max(1)
     }
 
     pub(super) fn request<T>(&self, message: T) -> Request<T> {

@@ -63,6 +63,7 @@ pub struct Node {
     pub keys_max: u32,
     pub chunk_bytes_max: u64,
     pub request_bytes_max: u64,
+    pub put_bytes_max: u64,
     /// Who is attached. Cleared by a restart.
     pub attached: Mutex<HashMap<u64, InMemory>>,
     /// Attaches, detaches and puts' headers that came.
@@ -88,6 +89,7 @@ impl Node {
             keys_max: 4096,
             chunk_bytes_max: 1 << 20,
             request_bytes_max: 4 << 20,
+            put_bytes_max: 64 << 20,
             attached: Mutex::default(),
             attaches: AtomicU64::new(0),
             detaches: AtomicU64::new(0),

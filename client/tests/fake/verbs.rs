@@ -224,6 +224,7 @@ impl Blocks for Door {
             keys_max: self.0.keys_max,
             chunk_bytes_max: self.0.chunk_bytes_max,
             request_bytes_max: self.0.request_bytes_max,
+            put_bytes_max: self.0.put_bytes_max,
         }))
     }
 

@@ -13,8 +13,8 @@ use crate::tier::disk::directory::{CycleId, PageName};
 /// What a request waits for.
 #[derive(Debug)]
 pub enum Waiting {
-    /// A slot: it is tried again whenever room was made.
-    Reserve(Request),
+    /// A slot, to reserve or to load into: it is tried again whenever room was made.
+    Room(Request, Patience),
     /// Loads.
     Acquire(AcquireWait),
     /// Loads, a few at a time.
@@ -25,6 +25,13 @@ pub enum Waiting {
     Purge(PurgeWait),
     /// Everything to be written, then a flush.
     Drain(DrainWait),
+}
+
+/// How long a request waits for room, whatever its deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Afterwards it takes what can be had.
+    pub until_ms: u64,
 }
 
 /// A block of an acquire.
@@ -73,6 +80,8 @@ pub struct DurableWait {
     pub keys: Vec<BlockKey>,
     /// Write-backs that it waits for, and loads that tell whether what was found at start is what was written.
     pub parts_left: usize,
+    /// Some of the loads are of copies that no flush makes sure of: once in host memory they are written anew.
+    pub rewrites: bool,
     /// The flush that it waits for, once these are done.
     pub cycle: Option<CycleId>,
 }
@@ -185,6 +194,8 @@ pub struct WriteBack {
     pub parts_left: usize,
     /// It failed.
     pub failed: bool,
+    /// Flushes that had failed when it began.
+    pub flush_failures: u64,
     /// First slot of the copy that is being written.
     pub disk: crate::tier::slab::SlotId,
     /// Bytes of its slots.

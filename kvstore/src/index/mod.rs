@@ -464,13 +464,9 @@ impl Index {
         (from..to.min(self.end())).map(NodeId).filter(|&node| self.is_in_use(node))
     }
 
-    /// Blocks with a name from `from` up to `to` that are in host memory alone.
-    pub fn only_in_host(&self, from: u32, to: u32) -> Vec<NodeId> {
-        let only_in_host = |node: &NodeId| {
-            let node = self.node(*node);
-            node.copy(Place::Host).is_some() && node.copy(Place::Disk).is_none()
-        };
-        self.range(from, to).filter(only_in_host).collect()
+    /// Blocks with a name from `from` up to `to` that are in host memory.
+    pub fn in_host(&self, from: u32, to: u32) -> Vec<NodeId> {
+        self.range(from, to).filter(|&node| self.node(node).copy(Place::Host).is_some()).collect()
     }
 
     /// Blocks of a namespace with a name from `from` up to `to`.

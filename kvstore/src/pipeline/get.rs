@@ -4,11 +4,12 @@ use tender_proto::BlockKey;
 
 use super::put::shard_of;
 use super::{Action, Actions, Core};
-use crate::completion::{AcquireBlock, AcquireWait, PrefetchWait, Waiting};
+use crate::completion::{AcquireBlock, AcquireWait, Patience, PrefetchWait, Waiting};
 use crate::index::events::Place;
 use crate::index::ids::{NamespaceId, NodeId, TenantId};
 use crate::request::verb::{
-    AcquireEnd, Acquired, AttachmentId, Hold, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, RequestId,
+    AcquireEnd, Acquired, AttachmentId, Hold, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, Request,
+    RequestId, Verb,
 };
 use crate::transfer::lanes::Lane;
 
@@ -40,17 +41,11 @@ impl Core {
         Reply::Lookup(reply)
     }
 
-    /// Leases in order of the chain until a block is missing or the bytes are used up, starting loads for what is on disk. Never waits
-    /// for a slot: a block that cannot be loaded now ends the run.
-    pub(super) fn acquire(
-        &mut self,
-        id: RequestId,
-        tenant: TenantId,
-        deadline_ms: u64,
-        attachment: AttachmentId,
-        keys: &[BlockKey],
-        bytes_max: u64,
-    ) -> Option<Reply> {
+    /// Leases in order of the chain until a block is missing or the bytes are used up, starting loads for what is on disk. Waits for
+    /// a slot only while it holds nothing: the first block may wait a while for room, a later one that cannot be loaded ends the run.
+    pub(super) fn acquire(&mut self, request: Request, patience: Option<Patience>) -> Option<Reply> {
+        let Request { id, tenant, deadline_ms, verb } = request;
+        let Verb::Acquire { attachment, keys, bytes_max } = verb else { unreachable!("only leases are acquired") };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
         if !self.pending.has_room() {
             return Some(self.busy());
@@ -59,7 +54,7 @@ impl Core {
         let mut used = Vec::new();
         let mut bytes_left = bytes_max;
         let block_bytes = under.layout.block_bytes();
-        for key in keys {
+        for key in &keys {
             if bytes_left < block_bytes && !wait.blocks.is_empty() {
                 break;
             }
@@ -73,7 +68,13 @@ impl Core {
                     wait.loading += usize::from(matches!(block, AcquireBlock::Loading));
                     wait.blocks.push(block);
                 }
+                Err(AcquireEnd::Shed) if wait.blocks.is_empty() && self.may_wait_for_room(deadline_ms, patience) => {
+                    let verb = Verb::Acquire { attachment, keys, bytes_max };
+                    self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
+                    return None;
+                }
                 Err(end) => {
+                    self.counters.shed += u64::from(end == AcquireEnd::Shed);
                     wait.end = Some(end);
                     break;
                 }
@@ -101,10 +102,7 @@ impl Core {
         }
         match self.load(node, Lane::Demand, (id, Some(at))) {
             Ok(()) => Ok(AcquireBlock::Loading),
-            Err(()) => {
-                self.counters.shed += 1;
-                Err(AcquireEnd::Shed)
-            }
+            Err(()) => Err(AcquireEnd::Shed),
         }
     }
 

@@ -168,6 +168,8 @@ pub struct Core {
     /// Segments of the arena to be prepared, and whether they were used before. One at a time.
     to_prepare: VecDeque<(u32, bool)>,
     preparing: bool,
+    /// Whether any segment of the arena was prepared yet.
+    serves: bool,
     draining: [Option<Draining>; 2],
     directory_ms: u64,
     /// Room was made since requests that wait for it were last tried.
@@ -215,6 +217,7 @@ impl Core {
             partial: VecDeque::new(),
             to_prepare: (0..config.host_segment_count).map(|segment| (segment, false)).collect(),
             preparing: false,
+            serves: false,
             draining: [None; 2],
             directory_ms: 0,
             room_made: false,
@@ -234,6 +237,7 @@ impl Core {
             Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
             Event::SegmentReady(segment) => {
                 self.preparing = false;
+                self.serves = true;
                 self.host.tier.slab.segment_ready(segment);
                 self.room_made = true;
             }
@@ -256,15 +260,13 @@ impl Core {
                 Some(Reply::Done)
             }
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
-            Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }),
+            Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }, None),
             Verb::Commit(attachment, filled) => Some(self.commit(tenant, attachment, &filled)),
             Verb::Abort(holds) => {
                 self.abort(&holds);
                 Some(Reply::Done)
             }
-            Verb::Acquire { attachment, keys, bytes_max } => {
-                self.acquire(id, tenant, deadline_ms, attachment, &keys, bytes_max)
-            }
+            Verb::Acquire { .. } => self.acquire(Request { id, tenant, deadline_ms, verb }, None),
             Verb::Release(holds) => {
                 self.release(&holds);
                 Some(Reply::Done)
@@ -314,7 +316,7 @@ impl Core {
 
     /// What every event may have made possible.
     fn settle(&mut self, actions: &mut Actions) {
-        self.retry_reserves(actions);
+        self.retry_for_room(actions);
         self.pump_directory(actions);
         self.pump_lanes(actions);
         if !self.preparing

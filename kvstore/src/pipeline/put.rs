@@ -2,34 +2,28 @@
 
 use tender_proto::{BlockKey, Shard, sum};
 
+use super::Core;
 use super::attach::Under;
 use super::room::NoSlot;
-use super::{Action, Actions, Core};
-use crate::completion::Waiting;
+use crate::completion::Patience;
 use crate::index::events::Place;
 use crate::index::ids::{NodeId, TenantId};
 use crate::request::verb::{AttachmentId, CommitOutcome, Filled, Hold, Reply, Request, ReserveOutcome, Verb};
 use crate::tier;
 use crate::tier::slab::{Owner, SlotId, SlotState};
 
-/// Reservations tried again at once.
-const RETRIES: usize = 64;
-
-/// Longest wait for room. What is not there by then is taken from the coldest, or refused.
-const WAIT_MS: u64 = 200;
-
 /// An incomplete block is given up when nothing was added to it for so long.
 const PARTIAL_MS: u64 = 60_000;
 
 impl Core {
     /// Reserves, or waits for a while until it can, holding nothing meanwhile; `None` when the request waits.
-    pub(super) fn reserve(&mut self, request: Request) -> Option<Reply> {
+    pub(super) fn reserve(&mut self, request: Request, patience: Option<Patience>) -> Option<Reply> {
         let Request { id, tenant, deadline_ms, verb } = request;
         let Verb::Reserve { attachment, parent, keys, shard, bytes_max } = verb else {
             unreachable!("only reservations are reserved")
         };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
-        let may_wait = deadline_ms > self.now_ms;
+        let may_wait = deadline_ms > self.now_ms && self.is_patient(patience);
         let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
         let is_short = outcomes.contains(&ReserveOutcome::NoRoom);
         let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
@@ -39,10 +33,8 @@ impl Core {
             if !self.pending.has_room() {
                 return Some(self.busy());
             }
-            let until_ms = deadline_ms.min(self.now_ms + WAIT_MS);
             let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max };
-            let request = Request { id, tenant, deadline_ms: until_ms, verb };
-            self.pending.park(id, until_ms, Waiting::Reserve(request));
+            self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
             return None;
         }
         for outcome in &outcomes {
@@ -139,21 +131,6 @@ impl Core {
                     NoSlot::Quota => ReserveOutcome::OverQuota,
                     NoSlot::Room => ReserveOutcome::NoRoom,
                 }
-            }
-        }
-    }
-
-    /// Tries requests that wait for room, oldest first.
-    pub(super) fn retry_reserves(&mut self, actions: &mut Actions) {
-        if !std::mem::take(&mut self.room_made) {
-            return;
-        }
-        let waiting = self.pending.which(|waiting| matches!(waiting, Waiting::Reserve(_)));
-        for id in waiting.into_iter().take(RETRIES) {
-            let Some(Waiting::Reserve(request)) = self.pending.take(id) else { continue };
-            // One that still finds none holds nobody up: others may want another size.
-            if let Some(reply) = self.reserve(request) {
-                actions.push(Action::Reply(id, reply));
             }
         }
     }

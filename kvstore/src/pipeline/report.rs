@@ -103,9 +103,10 @@ impl Core {
     pub(super) fn overdue(&mut self, request: RequestId, waiting: Waiting, actions: &mut Actions) {
         let reply = match waiting {
             // Its wait is over: what can be had now is had, without another wait.
-            Waiting::Reserve(request) => match self.reserve(request) {
+            Waiting::Room(waited, patience) => match self.again(waited, patience) {
                 Some(reply) => reply,
-                None => unreachable!("a reservation waits no longer than its deadline"),
+                // An acquire that had no room goes on to wait for what is being loaded, until its own deadline.
+                None => return,
             },
             Waiting::Acquire(wait) => self.acquired(wait),
             Waiting::Prefetch(wait) => Self::last_word(wait),

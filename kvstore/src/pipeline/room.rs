@@ -1,10 +1,12 @@
 //! Room: where a slot comes from. First what is free, then a dead block, then the coldest block of the same tenant and size; and when
 //! another shelf's coldest is much colder than that, one of its segments changes owner.
 
-use super::{Core, Draining};
+use super::{Action, Actions, Core, Draining};
+use crate::completion::{Patience, Waiting};
 use crate::index::events::Place;
 use crate::index::ids::{GroupId, NodeId, TenantId};
 use crate::limits;
+use crate::request::verb::{Reply, Request, Verb};
 use crate::tier::Tier;
 use crate::tier::disk::DiskTier;
 use crate::tier::slab::{Owner, ShelfId, Slab, SlotId, SlotState};
@@ -24,6 +26,10 @@ const DRAIN_MARGIN_MS: u64 = 10_000;
 const DEAD_PER_SLOT: usize = 8;
 /// Blocks written to disk for one slot before one is dropped without.
 const WRITTEN_PER_SLOT: usize = 32;
+/// Requests tried again at once.
+const RETRIES: usize = 64;
+/// Longest wait for room. What is not there by then is taken from the coldest, or refused.
+const WAIT_MS: u64 = 200;
 /// Evictions for one slot: a small slot may have to go for each page of a big one's quota.
 const EVICTIONS_PER_SLOT: usize = 64;
 
@@ -110,6 +116,50 @@ impl Core {
     /// Whether a slot of host memory may become free without anybody's doing.
     pub(super) fn room_is_coming(&self) -> bool {
         self.memory_is_coming() || self.draining[Place::Host.at()].is_some() || !self.writing.is_empty()
+    }
+
+    /// Whether a request that has waited for room so far may go on to.
+    pub(super) fn is_patient(&self, patience: Option<Patience>) -> bool {
+        patience.is_none_or(|Patience { until_ms }| until_ms > self.now_ms)
+    }
+
+    /// Whether a request that holds nothing may wait for room.
+    pub(super) fn may_wait_for_room(&self, deadline_ms: u64, patience: Option<Patience>) -> bool {
+        let in_time = deadline_ms > self.now_ms && self.is_patient(patience);
+        in_time && self.room_is_coming() && self.pending.has_room()
+    }
+
+    /// A request waits for room: a while; for memory that is being prepared until its deadline, unless it could evict instead.
+    pub(super) fn wait_for_room(&mut self, request: Request, patience: Option<Patience>) {
+        let patience = patience.unwrap_or_else(|| {
+            let could_evict = self.serves && matches!(request.verb, Verb::Reserve { .. });
+            let wait_ms = if self.memory_is_coming() && !could_evict { u64::MAX } else { WAIT_MS };
+            Patience { until_ms: request.deadline_ms.min(self.now_ms.saturating_add(wait_ms)) }
+        });
+        self.pending.park(request.id, patience.until_ms, Waiting::Room(request, patience));
+    }
+
+    /// Tries requests that wait for room, oldest first.
+    pub(super) fn retry_for_room(&mut self, actions: &mut Actions) {
+        if !std::mem::take(&mut self.room_made) {
+            return;
+        }
+        let waiting = self.pending.which(|waiting| matches!(waiting, Waiting::Room(..)));
+        for id in waiting.into_iter().take(RETRIES) {
+            let Some(Waiting::Room(request, patience)) = self.pending.take(id) else { continue };
+            // One that still finds none holds nobody up: others may want another size.
+            if let Some(reply) = self.again(request, patience) {
+                actions.push(Action::Reply(id, reply));
+            }
+        }
+    }
+
+    /// Tries a request that waited for room.
+    pub(super) fn again(&mut self, request: Request, patience: Patience) -> Option<Reply> {
+        match request.verb {
+            Verb::Acquire { .. } => self.acquire(request, Some(patience)),
+            _ => self.reserve(request, Some(patience)),
+        }
     }
 
     fn make_room(&mut self, place: Place, shelf: ShelfId) -> bool {

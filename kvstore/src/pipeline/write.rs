@@ -62,6 +62,7 @@ impl Core {
             node: Some(node),
             parts_left: disk_slots.len(),
             failed: false,
+            flush_failures: self.counters.flush_failures,
             disk: disk_slots[0],
             bytes,
             waiters: Vec::new(),
@@ -124,9 +125,11 @@ impl Core {
             }
         };
         self.unread(Place::Host, host_slot);
+        let flush_failures = self.counters.flush_failures;
         let write_back = self.write_backs.get_mut(&id).expect("a write-back's transfers end before it does");
         write_back.parts_left -= 1;
-        write_back.failed |= failed;
+        // A flush that failed meanwhile may have been one of a part that was written already.
+        write_back.failed |= failed || write_back.flush_failures != flush_failures;
         if write_back.parts_left == 0 {
             self.write_back_ended(id);
         }
@@ -157,6 +160,17 @@ impl Core {
     pub(super) fn durable_part_ended(&mut self, request: RequestId) {
         let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) else { return };
         wait.parts_left -= 1;
+        if wait.parts_left == 0 && std::mem::take(&mut wait.rewrites) {
+            let keys = std::mem::take(&mut wait.keys);
+            let mut wait = DurableWait { namespace: wait.namespace, keys, parts_left: 0, rewrites: false, cycle: None };
+            self.begin_durable(request, &mut wait);
+            // What could not be loaded the first time is not tried again and again.
+            wait.rewrites = false;
+            if let Some(parked) = self.pending.get_mut(request) {
+                *parked = Waiting::Durable(wait);
+            }
+        }
+        let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) else { return };
         if wait.parts_left == 0 {
             wait.cycle = self.disk.as_mut().map(|disk| disk.directory.want());
         }
@@ -368,24 +382,8 @@ impl Core {
             return Some(self.busy());
         }
         let namespace = under.namespace;
-        let mut wait = DurableWait { namespace, keys, parts_left: 0, cycle: None };
-        let nodes: Vec<NodeId> = wait.keys.iter().filter_map(|key| self.index.find(namespace, key)).collect();
-        let mut unflushed = false;
-        for node in nodes {
-            if self.index.node(node).copy(Place::Disk).is_some() {
-                let unverified = !self.is_verified(node);
-                unflushed |= !unverified && !self.is_durable(node);
-                wait.parts_left += usize::from(unverified && self.load(node, Lane::Demand, (id, None)).is_ok());
-            } else if self.write_back(node, true) {
-                let write_back = self.writing[&node];
-                let waiters = &mut self.write_backs.get_mut(&write_back).expect("it is being written").waiters;
-                // A key given twice waits once.
-                if waiters.last() != Some(&id) {
-                    waiters.push(id);
-                    wait.parts_left += 1;
-                }
-            }
-        }
+        let mut wait = DurableWait { namespace, keys, parts_left: 0, rewrites: false, cycle: None };
+        let unflushed = self.begin_durable(id, &mut wait);
         if wait.parts_left == 0 && !unflushed {
             return Some(self.durable_reply(&wait));
         }
@@ -396,6 +394,33 @@ impl Core {
         None
     }
 
+    /// Starts the write-backs and loads that blocks need before a flush makes them durable; returns whether some need only that.
+    fn begin_durable(&mut self, id: RequestId, wait: &mut DurableWait) -> bool {
+        let nodes: Vec<NodeId> = wait.keys.iter().filter_map(|key| self.index.find(wait.namespace, key)).collect();
+        let mut unflushed = false;
+        for node in nodes {
+            let is_suspect = self.is_suspect(node);
+            self.drop_suspect(node);
+            if self.index.node(node).copy(Place::Disk).is_some() {
+                let unread = is_suspect || !self.is_verified(node);
+                unflushed |= !unread && !self.is_durable(node);
+                if unread && self.load(node, Lane::Demand, (id, None)).is_ok() {
+                    wait.parts_left += 1;
+                    wait.rewrites |= is_suspect;
+                }
+            } else if self.write_back(node, true) {
+                let write_back = self.writing[&node];
+                let waiters = &mut self.write_backs.get_mut(&write_back).expect("it is being written").waiters;
+                // A key given twice waits once.
+                if waiters.last() != Some(&id) {
+                    waiters.push(id);
+                    wait.parts_left += 1;
+                }
+            }
+        }
+        unflushed
+    }
+
     pub(super) fn durable_reply(&self, wait: &DurableWait) -> Reply {
         let durable = |key| self.index.find(wait.namespace, key).is_some_and(|node| self.is_durable(node));
         Reply::Durable(wait.keys.iter().map(durable).collect())
@@ -404,7 +429,24 @@ impl Core {
     fn is_durable(&self, node: NodeId) -> bool {
         let Some(first) = self.index.node(node).copy(Place::Disk) else { return false };
         let directory: &Directory = &self.disk().directory;
-        self.is_verified(node) && self.disk().tier.slab.chain(first).all(|slot| directory.is_durable(slot))
+        let is_durable = self.disk().tier.slab.chain(first).all(|slot| directory.is_durable(slot));
+        is_durable && self.is_verified(node) && !self.is_suspect(node)
+    }
+
+    /// Whether the copy on disk was written before a flush that failed.
+    fn is_suspect(&self, node: NodeId) -> bool {
+        let Some(first) = self.index.node(node).copy(Place::Disk) else { return false };
+        let disk = self.disk();
+        disk.tier.slab.chain(first).any(|slot| disk.directory.is_suspect(disk.note(slot).written))
+    }
+
+    /// Gives up a copy on disk of which nobody knows whether it is there, so that host memory's can be written anew.
+    fn drop_suspect(&mut self, node: NodeId) {
+        if self.is_suspect(node) && self.index.node(node).copy(Place::Host).is_some() {
+            for slot in self.withdraw(node, Place::Disk) {
+                self.give_back(Place::Disk, slot);
+            }
+        }
     }
 
     /// Whether the copy on disk is known to be what was put.
@@ -429,13 +471,21 @@ impl Core {
             let from = wait.next;
             let end = self.index.end();
             let mut to = from.saturating_add(limits::CONTINUATION_BLOCKS as u32).min(end);
-            for node in self.index.only_in_host(from, to) {
+            for node in self.index.in_host(from, to) {
+                self.drop_suspect(node);
+                if self.index.node(node).copy(Place::Disk).is_some() {
+                    continue;
+                }
                 // It goes on with a later tick: asking again at once would only spin.
                 if !self.writing.is_empty() && self.is_write_back_full(self.block_bytes(node).into()) {
                     to = node.0;
                     break;
                 }
-                self.write_back(node, false);
+                // A segment that is about to be free again may be the one that this block needs.
+                if !self.write_back(node, false) && self.disk().has_retired() {
+                    to = node.0;
+                    break;
+                }
             }
             let done = to == end && self.writing.is_empty();
             let flush = if done { self.disk.as_mut().map(|disk| disk.directory.want()) } else { None };

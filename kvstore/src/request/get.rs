@@ -111,7 +111,8 @@ impl BlocksServer {
             sent = taken;
             match end {
                 None if taken == run.keys.len() => break GetEndReason::GetEndComplete,
-                None if count > 0 => {}
+                // What was just sent is given back now; the next block may wait for its room.
+                None | Some(AcquireEnd::Shed) if count > 0 => {}
                 None | Some(AcquireEnd::Shed) => break GetEndReason::GetEndShed,
                 Some(AcquireEnd::Miss) => break GetEndReason::GetEndMiss,
                 Some(AcquireEnd::Deadline) => break GetEndReason::GetEndDeadline,

@@ -147,6 +147,7 @@ impl BlocksServer {
             keys_max: limits::KEYS_MAX as u32,
             chunk_bytes_max: limits::CHUNK_BYTES_MAX as u64,
             request_bytes_max: limits::REQUEST_BYTES_MAX as u64,
+            put_bytes_max: self.windows.reserve_bytes(),
         })
     }
 

@@ -61,9 +61,14 @@ impl Windows {
         Some(Window { bytes, _permit: permit })
     }
 
+    /// Bytes of the largest window of reservations.
+    pub fn reserve_bytes(&self) -> u64 {
+        limits::RESERVE_BYTES_MAX.min(self.share_bytes)
+    }
+
     /// Waits for a window of reservations.
     pub async fn reserve(&self, tenant: TenantId, bytes: u64, wait: Duration) -> Option<Window> {
-        take(&self.share(tenant).reservations, bytes.min(limits::RESERVE_BYTES_MAX).min(self.share_bytes), wait).await
+        take(&self.share(tenant).reservations, bytes.min(self.reserve_bytes()), wait).await
     }
 }
 

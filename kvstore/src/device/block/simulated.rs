@@ -5,7 +5,8 @@
 //!                    │                                     │
 //!                    └──────────── power cut ──────────────┘ each sector of 512 bytes: old, new or torn
 //! ```
-//! Reads see the volatile image. A flush covers the writes that had completed when it was submitted and no others. Memory is read and
+//! Reads see the volatile image. A flush covers the writes that had completed when it was submitted and no others; what a failed one
+//! covered is made durable by no later flush, as file systems do that report an error once. Memory is read and
 //! written at completion, as late as the contract allows, so that a submitter who lets go of an extent too early is found out.
 //! There is no other source of chance or time: the same seed and the same calls give the same completions and the same images.
 

@@ -92,7 +92,16 @@ pub struct Directory {
     file_count: usize,
     /// Counts ownerships, copies and pages: each number is used once.
     counter: u64,
+    /// Copies up to this number were there when the last flush that succeeded began, or when the running one did.
+    flushed: u64,
+    flushing: u64,
+    /// Copies with these numbers (above the first, up to the second) were written before a flush that failed. Nobody knows what became
+    /// of them: a file system may report the failure once and call them clean. A later flush proves nothing for them.
+    suspect: VecDeque<(u64, u64)>,
 }
+
+/// Ranges of suspect copies that are kept apart; beyond it the two oldest become one, with what lies between them.
+const SUSPECTS_MAX: usize = 8;
 
 impl Directory {
     /// A directory without pages. `counter` is above every number found on disk.
@@ -107,6 +116,9 @@ impl Directory {
             flushes: false,
             file_count,
             counter,
+            flushed: counter,
+            flushing: counter,
+            suspect: VecDeque::new(),
         }
     }
 
@@ -119,6 +131,7 @@ impl Directory {
     /// Numbers up to this one are in use already.
     pub fn count_from(&mut self, counter: u64) {
         self.counter = self.counter.max(counter);
+        self.flushed = self.counter;
     }
 
     /// Whether a segment has a directory.
@@ -272,6 +285,7 @@ impl Directory {
                 }
                 None if in_flight_now > 0 => return Step::Nothing,
                 None if self.flushes && !failed => {
+                    self.flushing = self.counter;
                     self.cycle = Cycle::Flushing { files_left: self.file_count, failed: false };
                     return Step::FlushAll;
                 }
@@ -320,11 +334,31 @@ impl Directory {
         let flushed = matches!(self.cycle, Cycle::Flushing { .. });
         self.cycle = Cycle::Idle;
         if flushed {
+            if ok {
+                self.flushed = self.flushing;
+            } else {
+                self.suspect();
+            }
             for (name, copy) in std::mem::take(&mut self.unflushed) {
                 self.settle(name, copy, ok);
             }
         }
         Some((id, ok))
+    }
+
+    /// What was written since the last flush that succeeded may be lost, whatever later ones say.
+    fn suspect(&mut self) {
+        self.suspect.push_back((self.flushed, self.counter));
+        if self.suspect.len() > SUSPECTS_MAX
+            && let (Some((from, _)), Some((_, to))) = (self.suspect.pop_front(), self.suspect.pop_front())
+        {
+            self.suspect.push_front((from, to));
+        }
+    }
+
+    /// Whether the copy of that number was written before a flush that failed.
+    pub fn is_suspect(&self, written: u64) -> bool {
+        self.suspect.iter().any(|&(from, to)| from < written && written <= to)
     }
 
     /// After a flush: the written copy is the one to keep. After a failed one nobody knows what the disk holds: it is written again.

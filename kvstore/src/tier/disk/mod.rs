@@ -160,6 +160,11 @@ impl DiskTier {
         }
     }
 
+    /// Whether segments wait for pages that are on their way.
+    pub fn has_retired(&self) -> bool {
+        !self.retired.is_empty()
+    }
+
     /// Whether the disk may be asked now.
     pub fn is_usable(&self, now_ms: u64) -> bool {
         !matches!(self.health, Health::Disabled(until) if now_ms < until)

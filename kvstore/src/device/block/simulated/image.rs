@@ -83,6 +83,8 @@ struct Volatile {
     old_write: u64,
     /// Number of the write that made the present content.
     write: u64,
+    /// A flush of it failed, and the system calls it clean since: no later flush makes it durable, only another write does.
+    is_forgotten: bool,
 }
 
 /// A flush in flight.
@@ -114,12 +116,17 @@ impl Sectors {
         let first = offset as usize / SECTOR_BYTES;
         for (new, number) in data.as_chunks::<SECTOR_BYTES>().0.iter().zip(first..) {
             let present = sector_mut(&mut self.content, number);
-            let sector =
-                self.volatile.entry(number).or_insert(Volatile { old: *present, old_write: before, write: before });
-            for flush in self.flushes.iter_mut().filter(|flush| sector.write <= flush.covers) {
+            let sector = self.volatile.entry(number).or_insert(Volatile {
+                old: *present,
+                old_write: before,
+                write: before,
+                is_forgotten: false,
+            });
+            for flush in self.flushes.iter_mut().filter(|flush| sector.write <= flush.covers && !sector.is_forgotten) {
                 flush.overwritten.entry(number).or_insert((*present, sector.write));
             }
             sector.write = self.writes_applied;
+            sector.is_forgotten = false;
             *present = *new;
         }
     }
@@ -133,7 +140,7 @@ impl Sectors {
     /// Makes durable what a flush covers.
     pub(super) fn flush(&mut self, covers: u64) {
         let flush = self.end_flush(covers);
-        self.volatile.retain(|_, sector| sector.write > flush.covers);
+        self.volatile.retain(|_, sector| sector.write > flush.covers || sector.is_forgotten);
         for (number, (old, old_write)) in flush.overwritten {
             // A later flush may have overtaken this one, and made newer content durable.
             if let Some(sector) = self.volatile.get_mut(&number).filter(|sector| sector.old_write < old_write) {
@@ -142,9 +149,12 @@ impl Sectors {
         }
     }
 
-    /// Forgets a flush that makes nothing durable.
+    /// A flush that makes nothing durable, now or later.
     pub(super) fn flush_failed(&mut self, covers: u64) {
-        self.end_flush(covers);
+        let flush = self.end_flush(covers);
+        for sector in self.volatile.values_mut().filter(|sector| sector.write <= flush.covers) {
+            sector.is_forgotten = true;
+        }
     }
 
     fn end_flush(&mut self, covers: u64) -> Flush {
