@@ -389,6 +389,27 @@ impl Index {
         None
     }
 
+    /// A block that may leave its tier, below one that may not because of it; or that one itself.
+    pub fn leaf_below(&self, node: NodeId, place: Place) -> Option<NodeId> {
+        let mut at = node;
+        for _ in 0..limits::VICTIM_STEPS_MAX {
+            if self.node(at).is_leaf(place) {
+                return self.may_go(at, place).then_some(at);
+            }
+            let holds = |child: &NodeId| {
+                let held = self.held(*child);
+                if place == Place::Host { held.idle } else { held.tiers[Place::Disk.at()] }
+            };
+            at = self.children_of(at).take(limits::VICTIM_STEPS_MAX).find(holds)?;
+        }
+        None
+    }
+
+    fn children_of(&self, node: NodeId) -> impl Iterator<Item = NodeId> {
+        let some = |node: NodeId| (node != NodeId::NONE).then_some(node);
+        std::iter::successors(some(self.node(node).first_child), move |&child| some(self.node(child).next_sibling))
+    }
+
     /// Whether a copy may leave its tier: nothing hangs on it there, and the union of the tiers stays closed. From host memory it may go
     /// although others hang on it: then it must be written to disk first ([`Index::is_needed`]).
     fn may_go(&self, node: NodeId, place: Place) -> bool {

@@ -30,6 +30,8 @@ const WRITTEN_PER_SLOT: usize = 32;
 const RETRIES: usize = 64;
 /// Longest wait for room. What is not there by then is taken from the coldest, or refused.
 const WAIT_MS: u64 = 200;
+/// Inner blocks of a shelf without a leaf whose descendants are looked at for one slot.
+const INNER_PER_SLOT: usize = 8;
 /// Evictions for one slot: a small slot may have to go for each page of a big one's quota.
 const EVICTIONS_PER_SLOT: usize = 64;
 
@@ -171,7 +173,7 @@ impl Core {
             }
         }
         self.drain_if_worth_it(place, shelf);
-        self.slab(place).has_room(shelf) || self.evict(place, shelf)
+        self.slab(place).has_room(shelf) || self.evict(place, shelf) || self.evict_below(place, shelf)
     }
 
     /// Evicts the coldest copy of a shelf that may go. In host memory, one that is not on disk yet is written there first if it is
@@ -190,22 +192,54 @@ impl Core {
                 slab.chain(first).all(|slot| slab.slot(slot).readers == 0)
             };
             let Some(victim) = index.victim(place, shelf, self.now_ms, unread) else { return false };
-            if place == Place::Host && self.index.node(victim).copy(Place::Disk).is_none() {
-                let needed = self.index.is_needed(victim);
-                if (needed || written < WRITTEN_PER_SLOT) && self.write_back(victim, needed) {
-                    written += 1;
-                    continue;
-                }
-                // Without it what hangs on it would be lost as well; only where no disk can take it is that so.
-                if needed && self.disk_usable() {
-                    self.index.touch(victim, self.now_ms);
-                    continue;
-                }
+            if self.evict_block(place, victim, &mut written) {
+                return true;
             }
-            self.drop_copy(victim, place);
-            return true;
         }
         false
+    }
+
+    /// Evicts a copy that may go, unless it is to be written to disk first.
+    fn evict_block(&mut self, place: Place, victim: NodeId, written: &mut usize) -> bool {
+        if place == Place::Host && self.index.node(victim).copy(Place::Disk).is_none() {
+            let needed = self.index.is_needed(victim);
+            if (needed || *written < WRITTEN_PER_SLOT) && self.write_back(victim, needed) {
+                *written += 1;
+                return false;
+            }
+            // Without it what hangs on it would be lost as well; only where no disk can take it is that so.
+            if needed && self.disk_usable() {
+                self.index.touch(victim, self.now_ms);
+                return false;
+            }
+        }
+        self.drop_copy(victim, place);
+        true
+    }
+
+    /// A shelf without a leaf: all its blocks have others hanging on them that lie on another shelf (a chain may be written in shards
+    /// of several sizes). One of those goes, so that the shelf's own turn comes.
+    fn evict_below(&mut self, place: Place, shelf: ShelfId) -> bool {
+        let slab = self.slab(place);
+        let unread = |slot: &SlotId| {
+            let record = slab.slot(*slot);
+            record.state == SlotState::Resident && record.readers == 0 && record.node != NodeId::NONE
+        };
+        let nodes: Vec<NodeId> = slab
+            .slots_of(shelf)
+            .take(limits::VICTIM_STEPS_MAX)
+            .filter(unread)
+            .map(|slot| slab.slot(slot).node)
+            .filter(|&node| self.index.node(node).copy(place).is_some())
+            .take(INNER_PER_SLOT)
+            .collect();
+        let slab = self.slab(place);
+        let is_unread = |&leaf: &NodeId| {
+            let first = self.index.node(leaf).copy(place);
+            first.is_some_and(|first| slab.chain(first).all(|slot| slab.slot(slot).readers == 0))
+        };
+        let leaf = nodes.into_iter().filter_map(|node| self.index.leaf_below(node, place)).find(is_unread);
+        leaf.is_some_and(|leaf| self.evict_block(place, leaf, &mut 0))
     }
 
     /// Evicts the coldest copy of a tenant, of whatever size.

@@ -140,7 +140,7 @@ impl World {
             }
         }
         let quota = self.scenario.core.tenants[tenant.0 as usize].host_quota_bytes;
-        assert!(quota.is_some(), "{block:?} cannot be loaded: there is never room");
+        assert!(quota.is_some(), "{block:?} cannot be loaded: there is never room in {:?}", self.core.status().host);
     }
 
     /// Asked to stop on sound disks, the daemon writes back and flushes what it has; then it does not matter how it ends.

@@ -422,6 +422,11 @@ impl Slab {
         places.filter(move |(slot, _)| used(slot)).map(move |(_, place)| SlotId::new(segment, place))
     }
 
+    /// Used slots of a shelf.
+    pub fn slots_of(&self, shelf: ShelfId) -> impl Iterator<Item = SlotId> {
+        self.shelves[shelf.0 as usize].segments.iter().flat_map(|&segment| self.used_slots(segment, 0))
+    }
+
     /// Slots that a segment is cut into; 0 while nobody owns it.
     pub fn slot_count(&self, segment: u32) -> u32 {
         match self.segments[segment as usize].state {
