@@ -56,7 +56,17 @@ impl Failure {
 
 impl From<AttachError> for Failure {
     fn from(error: AttachError) -> Self {
-        Self::message(error)
+        const CURE: &str = "give --token-file FILE, the file that its configuration names for your tenant";
+        match error {
+            // The daemon speaks of the wire's metadata, which nobody at a command line can send.
+            AttachError::Unauthenticated { token_shown: false, .. } => {
+                Self::message(format_args!("the daemon wants a token, and none was given; {CURE}"))
+            }
+            AttachError::Unauthenticated { token_shown: true, .. } => {
+                Self::message(format_args!("the daemon knows no tenant by the token that was given; {CURE}"))
+            }
+            other => Self::message(other),
+        }
     }
 }
 

@@ -5,9 +5,11 @@ mod support;
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use support::site::{Site, free_address};
 use support::{Daemon, last_object, processes_naming, run, signal, stderr, stdout, tender, wait, wait_until};
 use tempfile::TempDir;
 
@@ -32,6 +34,41 @@ fn without_a_daemon_every_client_command_says_how_to_get_one() {
         let said = stderr(&output);
         assert!(said.contains("nobody.sock") && said.contains("tender serve"), "{subcommand}: {said}");
         assert!(!said.contains("panicked") && stdout(&output).is_empty(), "{subcommand}: {said}");
+    }
+}
+
+#[test]
+fn whom_the_daemon_does_not_know_is_told_to_give_a_token_file() {
+    let address = free_address();
+    let mut site = Site::of_two_tenants(&["--host", "64MiB", "--disk", "0"]);
+    site.flag("--listen", address);
+    let _daemon = site.start();
+    let (right, wrong) = (site.path("other.token"), site.secret("wrong.token", "fedcba9876543210", 0o600));
+    let trace = site.path("trace.jsonl");
+    fs::write(&trace, r#"{"timestamp":0,"input_length":512,"output_length":1,"hash_ids":[1]}"#).unwrap();
+    let cases: [(&str, Vec<&str>); 7] = [
+        ("put", [&MODEL[..], &TOKENS, &["--generate"]].concat()),
+        ("get", [&MODEL[..], &TOKENS].concat()),
+        ("lookup", [&MODEL[..], &TOKENS].concat()),
+        ("watch", vec!["--count", "1"]),
+        ("status", vec![]),
+        ("replay", vec![trace.to_str().unwrap()]),
+        ("purge", [&MODEL[..], &TOKENS].concat()),
+    ];
+    for (subcommand, arguments) in cases {
+        let ask = |token_file: Option<&Path>| {
+            let mut command = tender();
+            command.arg(subcommand).args(&arguments).arg("--address").arg(address.to_string());
+            run(command.args(token_file.iter().flat_map(|file| ["--token-file".as_ref(), file.as_os_str()])))
+        };
+        for (token_file, says) in [(None, "none was given"), (Some(&*wrong), "no tenant by the token")] {
+            let output = ask(token_file);
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(1), "{subcommand}: {said}");
+            assert!(said.contains(says) && said.contains("--token-file FILE"), "{subcommand}: {said}");
+            assert!(!said.contains("authorization"), "nobody sends that from a command line: {said}");
+        }
+        assert!(ask(Some(&right)).status.success(), "{subcommand}");
     }
 }
 

@@ -83,6 +83,15 @@ pub enum AttachError {
     /// The daemon is there and says no.
     #[error("the daemon refuses: {0}")]
     Refused(String),
+    /// The daemon is there and knows no tenant by what was shown to it. The reason names the field of the wire; how a token is given
+    /// is for whoever asked for it to say.
+    #[error("the daemon refuses: {reason}")]
+    Unauthenticated {
+        /// In the daemon's words.
+        reason: String,
+        /// Whether a token was shown at all.
+        token_shown: bool,
+    },
     /// Both sides derive different roots from the same namespace: keys would never match.
     #[error(
         "client and daemon derive different keys from the same namespace (root {ours} here, {theirs} there): their versions do not fit together"

@@ -125,10 +125,13 @@ async fn whom_nobody_answers_is_told_what_to_do() {
 
     let node = Arc::new(Node { token: Some("right".into()), ..Node::new() });
     let daemon = Daemon::on_loopback(&node);
-    for token in [None, Some("wrong".to_owned()), Some("two\nlines".to_owned())] {
+    for (token, shown) in [(None, false), (Some("wrong".to_owned()), true)] {
         let error = Remote::attach(daemon.target.clone(), token, attach()).await.unwrap_err();
-        assert!(matches!(error, AttachError::Refused(_)), "{error}");
+        let is_unknown = matches!(error, AttachError::Unauthenticated { token_shown, .. } if token_shown == shown);
+        assert!(is_unknown && error.to_string().contains("no such token"), "{error:?}");
     }
+    let error = Remote::attach(daemon.target.clone(), Some("two\nlines".to_owned()), attach()).await.unwrap_err();
+    assert!(matches!(error, AttachError::Refused(_)), "{error}");
     node.set(Trouble::OtherRoot);
     let error = Remote::attach(daemon.target.clone(), Some("right".into()), attach()).await.unwrap_err();
     assert!(matches!(error, AttachError::RootsDiffer { .. }), "{error}");

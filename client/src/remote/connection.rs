@@ -139,6 +139,10 @@ impl Door {
             Code::Unimplemented => {
                 AttachError::Refused(format!("{} is no Tender daemon, or another version of one", self.target))
             }
+            Code::Unauthenticated => {
+                let token_shown = self.authorization.is_some();
+                AttachError::Unauthenticated { reason: status.message().to_owned(), token_shown }
+            }
             _ => AttachError::Refused(status.message().to_owned()),
         }
     }
