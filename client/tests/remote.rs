@@ -19,6 +19,7 @@ use tender_client::{
     WatchItem,
 };
 use tokio::time::sleep;
+use tonic::Code;
 
 const BLOCK_BYTES: usize = 200_000;
 
@@ -310,6 +311,28 @@ async fn an_overloaded_daemon_sheds() {
     world.node.set(Trouble::None);
     assert_eq!(client.lookup(&keys).await.prefix_blocks, 3);
     assert_eq!(world.node.attaches(), 1, "too much to do is no reason to attach anew");
+}
+
+#[tokio::test]
+async fn a_refused_question_is_no_reason_to_attach_anew() {
+    let (world, client, keys, payloads) = with_three_blocks().await;
+    let codes = [
+        Code::InvalidArgument,
+        Code::FailedPrecondition,
+        Code::PermissionDenied,
+        Code::Unauthenticated,
+        // What the transport answers to a message that is too large.
+        Code::OutOfRange,
+    ];
+    for code in codes {
+        world.node.set(Trouble::Refusing(code));
+        assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Refused; 3], "{code:?}");
+        assert_eq!(client.get(&keys, Shard::WHOLE).await.end, GetEnd::Miss, "{code:?}");
+        assert_eq!(client.durable(&keys).await, [false; 3], "{code:?}");
+        world.node.set(Trouble::None);
+        assert_eq!(client.lookup(&keys).await.prefix_blocks, 3, "{code:?}");
+        assert_eq!(world.node.attaches(), 1, "{code:?}: the daemon is there, and knows us");
+    }
 }
 
 #[tokio::test]

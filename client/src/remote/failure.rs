@@ -30,7 +30,12 @@ impl From<Status> for Failure {
             Code::NotFound => Self::Detached,
             Code::DeadlineExceeded => Self::Deadline,
             Code::ResourceExhausted => Self::Shed,
-            Code::InvalidArgument | Code::FailedPrecondition | Code::PermissionDenied | Code::Unauthenticated => {
+            // Out of range is the transport's word for a message that is too large.
+            Code::InvalidArgument
+            | Code::OutOfRange
+            | Code::FailedPrecondition
+            | Code::PermissionDenied
+            | Code::Unauthenticated => {
                 tracing::warn!("the daemon refuses: {}", status.message());
                 Self::Refused
             }

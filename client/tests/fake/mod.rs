@@ -18,6 +18,7 @@ use tender_client::{Attach, BlockStore, InMemory, Target};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::Runtime;
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
+use tonic::Code;
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 
@@ -46,8 +47,10 @@ pub enum Trouble {
     LostEvent,
     /// Answer a put with fewer outcomes than keys.
     FewOutcomes,
-    /// Refuse everything.
+    /// Refuse everything: too much to do.
     Overloaded,
+    /// Refuse everything with that code.
+    Refusing(Code),
     /// Derive another root than everybody else.
     OtherRoot,
     /// Stand still as a stopped process does: connections stay open, nothing moves.

@@ -32,6 +32,7 @@ impl Door {
             // The only thread of the runtime, and with it everything.
             Trouble::Freeze => std::thread::sleep(std::time::Duration::from_secs(20)),
             Trouble::Overloaded => return Err(Status::resource_exhausted("too much to do")),
+            Trouble::Refusing(code) => return Err(Status::new(code, "the question is wrong")),
             _ => {}
         }
         let shown = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
