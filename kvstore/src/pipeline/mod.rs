@@ -31,7 +31,7 @@ use crate::completion::{Load, Pending, WriteBack};
 use crate::index::Index;
 use crate::index::ids::{NodeId, TenantId};
 use crate::request::status::Counters;
-use crate::request::verb::{AttachmentId, Hold, RefusalKind, Reply, Request, RequestId, Verb};
+use crate::request::verb::{AttachmentId, Hold, Refusal, RefusalKind, Reply, Request, RequestId, Verb};
 use crate::tier::disk::DiskTier;
 use crate::tier::disk::directory::PageName;
 use crate::tier::host::HostTier;
@@ -286,9 +286,7 @@ impl Core {
 
     /// Where a request ends whose attachment is not there.
     fn unattached(attachment: AttachmentId) -> Reply {
-        let message =
-            format!("attachment {:#x} is not known (expired, or the daemon was restarted); attach again", attachment.0);
-        Reply::refused(RefusalKind::Unattached, message)
+        Reply::Refused(Refusal::unattached(attachment))
     }
 
     fn busy(&mut self) -> Reply {

@@ -88,11 +88,8 @@ impl BlocksServer {
     }
 
     pub(super) fn session(&self, attachment: u64, tenant: TenantId) -> Result<Arc<Session>, Status> {
-        self.sessions.get(attachment, tenant).ok_or_else(|| {
-            let message =
-                format!("attachment {attachment:#x} is not known (expired, or the daemon was restarted); attach again");
-            Status::not_found(message)
-        })
+        let session = self.sessions.get(attachment, tenant);
+        session.ok_or_else(|| status(Refusal::unattached(AttachmentId(attachment))))
     }
 
     /// Asks the core; a session that the core has forgotten is forgotten here too.

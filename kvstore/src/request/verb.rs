@@ -187,6 +187,15 @@ pub struct Refusal {
     pub message: String,
 }
 
+impl Refusal {
+    /// To a request whose attachment is not there.
+    pub fn unattached(attachment: AttachmentId) -> Self {
+        let message =
+            format!("attachment {:#x} is not known (expired, or the daemon was restarted); attach again", attachment.0);
+        Self { kind: RefusalKind::Unattached, message }
+    }
+}
+
 /// Kinds of refusals; `request/server.rs` gives each its gRPC status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RefusalKind {
