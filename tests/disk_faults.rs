@@ -55,6 +55,17 @@ async fn store(site: &Site, block_bytes: u64) -> Remote {
     site.attach(attach_to(&format!("faults-{block_bytes}"), BlockLayout::opaque(block_bytes))).await
 }
 
+/// A site whose daemon has stopped, and what it left on disk.
+async fn stopped_with_blocks(block_bytes: u64, blocks: usize) -> (Site, Run) {
+    let site = Site::small();
+    let daemon = site.start_ready().await;
+    let of = store(&site, block_bytes).await;
+    let run = Run::new(&of, 1, blocks);
+    run.put_durably(&of).await;
+    daemon.stop();
+    (site, run)
+}
+
 async fn degraded(daemon: &Running) -> bool {
     let disk = daemon.tier(WireTier::Disk).await;
     let is_degraded = matches!(&disk.state[..], "degraded" | "disabled");
@@ -110,12 +121,7 @@ enum Damaged {
 
 /// Puts 100 blocks, damages a page of the directory, and tells which blocks are there afterwards.
 async fn present_after(number: u32, damaged: Damaged) -> Vec<bool> {
-    let site = Site::small();
-    let daemon = site.start_ready().await;
-    let of = store(&site, 4096).await;
-    let run = Run::new(&of, 1, 100);
-    run.put_durably(&of).await;
-    daemon.stop();
+    let (site, run) = stopped_with_blocks(4096, 100).await;
     let file = TierFile::open(&site);
     let mut copies = file.directory_pages();
     copies.retain(|(_, page, _)| *page == number);
@@ -162,12 +168,7 @@ async fn a_damaged_first_page_may_lose_its_segment_but_nothing_is_wrong() {
 /// Both superblocks gone, the file is none of ours; one of them gone, the other serves.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_superblock_is_enough() {
-    let site = Site::small();
-    let daemon = site.start_ready().await;
-    let of = store(&site, 4096).await;
-    let run = Run::new(&of, 1, 10);
-    run.put_durably(&of).await;
-    daemon.stop();
+    let (site, run) = stopped_with_blocks(4096, 10).await;
     TierFile::open(&site).flip(20);
     let daemon = site.start_ready().await;
     run.expect(&store(&site, 4096).await, Some(Tier::Disk)).await;
@@ -180,11 +181,7 @@ async fn one_superblock_is_enough() {
 /// Reads fail, and are misses; memory serves on, and the status page says what is wrong.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_cut_off_under_a_daemon_degrades_its_disk_and_nothing_else() {
-    let site = Site::small();
-    let daemon = site.start_ready().await;
-    let run = Run::new(&store(&site, 50_000).await, 1, 24);
-    run.put_durably(&store(&site, 50_000).await).await;
-    daemon.stop();
+    let (site, run) = stopped_with_blocks(50_000, 24).await;
     let daemon = site.start_ready().await;
     let of = store(&site, 50_000).await;
     assert_eq!(of.lookup(&run.keys).await.disk, [true; 24]);
@@ -202,11 +199,7 @@ async fn a_file_cut_off_under_a_daemon_degrades_its_disk_and_nothing_else() {
 /// The daemon holds its file by the descriptor: a name removed is noticed at the next start, which begins empty.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_removed_under_a_daemon_serves_until_it_stops() {
-    let site = Site::small();
-    let daemon = site.start_ready().await;
-    let run = Run::new(&store(&site, 50_000).await, 1, 24);
-    run.put_durably(&store(&site, 50_000).await).await;
-    daemon.stop();
+    let (site, run) = stopped_with_blocks(50_000, 24).await;
     let daemon = site.start_ready().await;
     fs::remove_file(site.tier_file()).unwrap();
     let of = store(&site, 50_000).await;
