@@ -107,6 +107,37 @@ fn what_was_put_is_got_looked_up_and_purged() {
 }
 
 #[test]
+fn what_was_put_durably_survives_a_kill_and_what_no_disk_takes_is_a_failure() {
+    let asked = |site: &Site, subcommand: &str, more: &[&str]| {
+        let mut command = tender();
+        run(command.arg(subcommand).arg("--socket").arg(site.socket()).args(MODEL).args(TOKENS).args(more))
+    };
+    let site = Site::small();
+    let daemon = site.start();
+    let put = last_object(&asked(&site, "put", &["--generate", "--durable", "--json"]));
+    assert_eq!((put["stored_blocks"].as_u64(), put["durable_blocks"].as_u64()), (Some(3), Some(3)));
+    let again = asked(&site, "put", &["--generate", "--durable"]);
+    assert!(again.status.success(), "{}", stderr(&again));
+    assert!(stdout(&again).contains("3 of 3 blocks would survive a power cut"), "{}", stdout(&again));
+    let unasked = last_object(&asked(&site, "put", &["--generate", "--json"]));
+    assert!(unasked["durable_blocks"].is_null(), "{unasked}");
+    daemon.kill();
+    let daemon = site.start();
+    assert_eq!(last_object(&asked(&site, "lookup", &["--json"]))["disk_blocks"].as_u64(), Some(3));
+    daemon.stop();
+
+    let site = Site::new(&["--host", "64MiB", "--disk", "0"]);
+    let daemon = site.start();
+    let put = asked(&site, "put", &["--generate", "--durable", "--json"]);
+    assert_eq!(put.status.code(), Some(1), "{}", stdout(&put));
+    let object: serde_json::Value = serde_json::from_str(stdout(&put)).unwrap();
+    assert_eq!((object["stored_blocks"].as_u64(), object["durable_blocks"].as_u64()), (Some(3), Some(0)));
+    let said = stderr(&put);
+    assert!(said.contains("3 of 3 blocks would not survive") && said.contains("tender status"), "{said}");
+    daemon.stop();
+}
+
+#[test]
 fn a_whole_namespace_is_purged_only_with_a_yes() {
     let daemon = Daemon::start();
     let asked = |subcommand: &str, more: &[&str]| run(daemon.client(subcommand).args(MODEL).args(more).arg("--json"));

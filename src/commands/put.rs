@@ -20,7 +20,7 @@ use crate::units;
 /// Bytes held in memory at once.
 const WINDOW_BYTES_MAX: u64 = 32 << 20;
 
-/// Stores the whole blocks of a prompt; succeeds when all of them are in the store afterwards.
+/// Stores the whole blocks of a prompt; succeeds when all of them are in the store afterwards, and on its disk if that was asked for.
 #[derive(Args, Debug)]
 pub struct Put {
     #[command(flatten)]
@@ -33,6 +33,9 @@ pub struct Put {
     /// Make the bytes up, from the blocks' keys
     #[arg(long, conflicts_with = "payload")]
     generate: bool,
+    /// Wait until the blocks would survive a power cut; fail if one would not
+    #[arg(long)]
+    durable: bool,
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -66,8 +69,21 @@ impl Put {
             parent = keys.last().copied().unwrap_or(parent);
         }
         source.end(blocks as u64 * block_bytes as u64)?;
-        self.show(&outcomes)?;
-        if outcomes.iter().all(|outcome| outcome.is_there()) { Ok(()) } else { Err(Failure::Bad) }
+        let durable_blocks = if self.durable {
+            Some(store.durable(&keys).await.into_iter().filter(|durable| *durable).count())
+        } else {
+            None
+        };
+        self.show(&outcomes, durable_blocks)?;
+        match durable_blocks {
+            Some(durable_blocks) if durable_blocks < blocks => Err(Failure::message(format_args!(
+                "{} of {} blocks would not survive a power cut; see what `tender status` and the daemon's log say of the disk tier",
+                units::count((blocks - durable_blocks) as u64),
+                units::count(blocks as u64)
+            ))),
+            _ if outcomes.iter().all(|outcome| outcome.is_there()) => Ok(()),
+            _ => Err(Failure::Bad),
+        }
     }
 
     fn source(&self, blocks: u64) -> Result<Source, Failure> {
@@ -89,7 +105,7 @@ impl Put {
         }
     }
 
-    fn show(&self, outcomes: &[PutOutcome]) -> Result<(), Failure> {
+    fn show(&self, outcomes: &[PutOutcome], durable_blocks: Option<usize>) -> Result<(), Failure> {
         let names = [
             (PutOutcome::Stored, "stored"),
             (PutOutcome::ShardStored, "shard_stored"),
@@ -106,11 +122,17 @@ impl Put {
         if self.output.json {
             let mut row = Map::from_iter([("blocks".to_owned(), Value::from(outcomes.len()))]);
             row.extend(counts.map(|(name, blocks)| (format!("{name}_blocks"), blocks.into())));
+            row.insert("durable_blocks".to_owned(), durable_blocks.into());
             return self.output.object(&row);
         }
         let rows = counts.into_iter().filter(|(_, blocks)| *blocks > 0);
-        self.output
-            .line(table(["put", "blocks"], rows.map(|(name, blocks)| [name.replace('_', " "), units::count(blocks)])))
+        self.output.line(table(
+            ["put", "blocks"],
+            rows.map(|(name, blocks)| [name.replace('_', " "), units::count(blocks)]),
+        ))?;
+        let Some(durable_blocks) = durable_blocks else { return Ok(()) };
+        let (durable_blocks, blocks) = (units::count(durable_blocks as u64), units::count(outcomes.len() as u64));
+        self.output.line(format_args!("{durable_blocks} of {blocks} blocks would survive a power cut"))
     }
 }
 
