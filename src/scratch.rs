@@ -25,14 +25,37 @@ pub struct Scratch {
 impl Scratch {
     /// Makes a folder that may grow to `needed_bytes`, under `under` or where it is best.
     pub fn new(prefix: &str, under: Option<&Path>, needed_bytes: u64) -> Result<Self, Failure> {
-        let places = match under {
-            Some(place) => vec![place.to_owned()],
-            None => usual_places(),
-        };
+        match under {
+            Some(place) => Self::as_asked(place, prefix, needed_bytes),
+            None => Self::where_best(prefix, needed_bytes),
+        }
+    }
+
+    /// In the folder that was asked for, whatever its file system is.
+    fn as_asked(place: &Path, prefix: &str, needed_bytes: u64) -> Result<Self, Failure> {
+        let shown = place.display();
+        let scratch = Self::at(place, prefix).map_err(|error| {
+            Failure::message(format_args!(
+                "cannot make a temporary folder in `{shown}`: {error}; make it a folder that you may write to, or name another with --dir"
+            ))
+        })?;
+        if scratch.free_bytes < needed_bytes {
+            let (free, needed) = (units::bytes(scratch.free_bytes), units::bytes(needed_bytes));
+            return Err(Failure::message(format_args!(
+                "`{shown}` has {free} free, and temporary files need {needed}; free some, name another folder with --dir, or give a \
+                 replay a smaller --disk"
+            )));
+        }
+        Ok(scratch)
+    }
+
+    /// In the best of the usual places. Not on a file system in memory: there the disk tier would be a second copy in memory.
+    fn where_best(prefix: &str, needed_bytes: u64) -> Result<Self, Failure> {
         let mut made = Vec::new();
         let mut refused = Vec::new();
-        for place in places {
+        for place in usual_places() {
             match Self::at(&place, prefix) {
+                Ok(scratch) if scratch.is_memory() => refused.push(format!("{} is memory", place.display())),
                 Ok(scratch) if scratch.free_bytes >= needed_bytes => made.push(scratch),
                 Ok(scratch) => {
                     refused.push(format!("{} has {} free", place.display(), units::bytes(scratch.free_bytes)))
@@ -40,21 +63,15 @@ impl Scratch {
                 Err(error) => refused.push(format!("{}: {error}", place.display())),
             }
         }
-        let best = made.iter().position(|scratch| scratch.direct && !scratch.is_memory());
-        let best = best.or_else(|| made.iter().position(|scratch| !scratch.is_memory()));
-        match best {
-            Some(best) => Ok(made.swap_remove(best)),
-            // A file system in memory would make the disk tier a second copy in memory: only where it is asked for.
-            None if under.is_some() && !made.is_empty() => Ok(made.swap_remove(0)),
-            None => {
-                refused.extend(made.iter().map(|scratch| format!("{} is memory", scratch.path().display())));
-                let (needed, found) = (units::bytes(needed_bytes), refused.join("; "));
-                Err(Failure::message(format_args!(
-                    "no folder has the {needed} needed for temporary files ({found}); free some, ask for a smaller --disk, or name \
-                     another folder with --dir"
-                )))
-            }
+        if made.is_empty() {
+            let (needed, found) = (units::bytes(needed_bytes), refused.join("; "));
+            return Err(Failure::message(format_args!(
+                "no folder has the {needed} needed for temporary files ({found}); free some, name another folder with --dir, or \
+                 give a replay a smaller --disk"
+            )));
         }
+        let best = made.iter().position(|scratch| scratch.direct).unwrap_or(0);
+        Ok(made.swap_remove(best))
     }
 
     /// Where it is.
@@ -71,6 +88,8 @@ impl Scratch {
     }
 
     fn at(place: &Path, prefix: &str) -> std::io::Result<Self> {
+        // What is no folder is told by its own name, and not by that of a file which would have been made in it.
+        std::fs::metadata(place.join("."))?;
         let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(place)?;
         let room = statvfs(folder.path())?;
         let probe = folder.path().join("direct");

@@ -186,6 +186,28 @@ fn nobody_at_the_socket_is_said_with_the_cure() {
     assert_eq!(output.status.code(), Some(2), "--host says nothing to a running daemon");
 }
 
+#[test]
+fn a_folder_that_cannot_be_had_is_named_with_the_cure() {
+    let folder = TempDir::new().unwrap();
+    let (trace, _) = write_mooncake(&folder, 5);
+    let missing = folder.path().join("missing");
+    let said_of = |dir: &Path, disk: &str| {
+        let output = run(tender().arg("replay").arg(&trace).arg("--dir").arg(dir).args(["--disk", disk]));
+        assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+        let said = stderr(&output).to_owned();
+        assert!(said.contains(&format!("`{}`", dir.display())) && said.contains("--dir"), "{said}");
+        said
+    };
+    let said = said_of(&missing, "256MiB");
+    assert!(said.contains("No such file") && said.contains("make it"), "{said}");
+    assert!(!said.contains("free some"), "room is not what is missing: {said}");
+    assert!(!missing.exists(), "it was made after all");
+    let said = said_of(&trace, "256MiB");
+    assert!(said.contains("Not a directory"), "{said}");
+    let said = said_of(folder.path(), "9999TiB");
+    assert!(said.contains("free some") && said.contains("smaller --disk"), "{said}");
+}
+
 /// Starts a replay that lasts, and waits until its daemon and both clients are there; tells its children.
 fn long_replay(folder: &TempDir, scratch: &TempDir) -> (std::process::Child, Vec<u32>) {
     let (trace, _) = write_mooncake(folder, 20_000);
