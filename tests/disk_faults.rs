@@ -6,6 +6,7 @@ mod support;
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use support::blocks::{Run, attach_to};
@@ -176,6 +177,100 @@ async fn one_superblock_is_enough() {
     TierFile::open(&site).flip(PAGE as u64 + 20);
     let said = support::site::refusal(&mut site.command());
     assert!(said.contains("checksum is wrong") && said.contains("--dir"), "{said}");
+}
+
+/// Zeros where both superblocks were.
+fn blank_superblocks(tier_file: &Path) {
+    let file = OpenOptions::new().write(true).open(tier_file).unwrap();
+    file.write_all_at(&[0; 2 * PAGE], 0).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// What lies behind a lost superblock cannot be read: the file begins empty, and somebody should know.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_lost_its_superblocks_begins_empty_with_a_warning() {
+    let (site, run) = stopped_with_blocks(4096, 10).await;
+    let warning = format!("tier file {} has its full size but no superblock", site.tier_file().display());
+    let daemon = site.start_ready().await;
+    assert!(!daemon.said().contains("superblock"), "nothing is wrong yet: {}", daemon.said());
+    daemon.stop();
+    blank_superblocks(&site.tier_file());
+    let daemon = site.start_ready().await;
+    assert!(daemon.said().contains(&warning), "{}", daemon.said());
+    run.expect_nothing(&store(&site, 4096).await).await;
+    run.put_durably(&store(&site, 4096).await).await;
+    daemon.stop();
+    let daemon = site.start_ready().await;
+    run.expect(&store(&site, 4096).await, Some(Tier::Disk)).await;
+    assert_eq!(daemon.said().matches("superblock").count(), 1, "it has one again: {}", daemon.said());
+    daemon.stop();
+}
+
+/// A site of two folders whose daemon has stopped, and a run in each of its files.
+async fn stopped_with_a_run_in_each_file() -> (Site, [Run; 2]) {
+    let site = Site::of_two_folders();
+    let daemon = site.start_ready().await;
+    // Two sizes are two segments, and segments are dealt out to the files in turn.
+    let runs = [Run::new(&store(&site, 4096).await, 1, 10), Run::new(&store(&site, 50_000).await, 1, 10)];
+    runs[0].put_durably(&store(&site, 4096).await).await;
+    runs[1].put_durably(&store(&site, 50_000).await).await;
+    daemon.stop();
+    (site, runs)
+}
+
+/// Which of the two runs are there, whole.
+async fn whole_runs(site: &Site, runs: &[Run; 2]) -> [bool; 2] {
+    let small = runs[0].present(&store(site, 4096).await).await;
+    let large = runs[1].present(&store(site, 50_000).await).await;
+    [small, large].map(|present| {
+        assert!(present.iter().all(|there| *there == present[0]), "a run lies in one file: {present:?}");
+        present[0]
+    })
+}
+
+/// Whichever file of a store is lost, the others go on, and what it held does not come back with the next start: its directories are
+/// of the store's own key, and somebody may have purged their blocks since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_file_of_two_takes_its_own_blocks_and_no_others() {
+    for lost in [0, 1] {
+        for removed in [false, true] {
+            let (site, runs) = stopped_with_a_run_in_each_file().await;
+            let path = &site.tier_files()[lost];
+            if removed {
+                fs::remove_file(path).unwrap()
+            } else {
+                blank_superblocks(path)
+            }
+            let daemon = site.start_ready().await;
+            assert_eq!(daemon.said().contains("no superblock"), !removed, "{}", daemon.said());
+            let present = whole_runs(&site, &runs).await;
+            assert!(present[0] != present[1], "file {lost}: {present:?}");
+            daemon.stop();
+            let daemon = site.start_ready().await;
+            assert_eq!(whole_runs(&site, &runs).await, present, "file {lost}, after another start");
+            daemon.stop();
+        }
+    }
+}
+
+/// A file of somebody else's store is not taken for a change of size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_of_two_stores_are_not_mixed() {
+    let (site, runs) = stopped_with_a_run_in_each_file().await;
+    let (other, _) = stopped_with_a_run_in_each_file().await;
+    let [first, second] = site.tier_files();
+    let kept = site.path("kept");
+    fs::rename(&second, &kept).unwrap();
+    fs::copy(&other.tier_files()[1], &second).unwrap();
+    let said = support::site::refusal(&mut site.command());
+    let names = [first.display().to_string(), format!("tier file {}", second.display())];
+    assert!(names.iter().all(|name| said.contains(name)), "{said}");
+    assert!(said.contains("belongs to another store") && said.contains("folders of one store"), "{said}");
+    assert!(!said.contains("--disk"), "its size is right: {said}");
+    fs::rename(&kept, &second).unwrap();
+    let daemon = site.start_ready().await;
+    assert_eq!(whole_runs(&site, &runs).await, [true, true], "nothing was written to either");
+    daemon.stop();
 }
 
 /// Reads fail, and are misses; memory serves on, and the status page says what is wrong.

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::clock::Clock;
 use crate::config::{Config, Geometry};
-use crate::device::block::file::{OpenError, TierFile};
+use crate::device::block::file::{OpenError, Opened, TierFile};
 use crate::device::block::{self, BlockDevice, PageFile};
 use crate::device::memory::{Arena, Extent};
 use crate::doctor::{Finding, Verdict};
@@ -238,69 +238,118 @@ fn open_disks(config: &Config, geometry: Geometry, arena: &Arc<Arena>) -> Result
         depth: usize::MAX,
         findings: Vec::new(),
     };
-    let mut identity = None;
+    let mut files = Vec::new();
     for (dir, index) in config.dirs.iter().zip(0u32..) {
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        made.map_err(|source| StartError::Folder { path: dir.clone(), source })?;
-        let path = dir.join(tier_file_name(index));
-        let opened = TierFile::open(&path, geometry.file_bytes(), limits::LOCK_WAIT)?;
-        let mut file = opened.file;
-        let wanted = Superblock {
-            file_index: index,
-            file_count: config.dirs.len() as u32,
-            segment_count: geometry.segment_count,
-            segment_bytes: geometry.segment_bytes,
-            identity: [0; 16],
-            page_key: [0; 32],
-        };
-        let found = read_store(&mut file, &path, &wanted, &mut identity)?;
-        disks.recovered.push(found);
-        let (device, depth) = open_device(&file, arena, opened.fresh, &mut disks.findings, &path)?;
+        files.push(open_file(config, geometry, dir, index)?);
+    }
+    // From all files, before any is written to: a file that lost its superblock joins the store of the others, whichever it is.
+    let (identity, page_key) = store_of(&files)?.unwrap_or_else(new_identity);
+    disks.page_key = page_key;
+    for DiskFile { path, mut file, fresh, superblock, is_new } in files {
+        let superblock = Superblock { identity, page_key, ..superblock };
+        let held = if is_new { make_new(&mut file, &superblock, fresh, &path) } else { read(&mut file, &superblock) };
+        let held = held.map_err(|source| StartError::Recover { path: path.clone(), source })?;
+        disks.recovered.push(held);
+        let (device, depth) = open_device(&file, arena, fresh, &mut disks.findings, &path)?;
         disks.depth = disks.depth.min(depth);
         disks.devices.push(device);
     }
-    disks.page_key = identity.map_or([0; 32], |(_, page_key)| page_key);
     Ok(disks)
+}
+
+/// A tier file that is open and has the right size and geometry.
+struct DiskFile {
+    path: PathBuf,
+    file: TierFile,
+    /// It was made just now.
+    fresh: bool,
+    /// As found; of a new file all but identity and key.
+    superblock: Superblock,
+    /// It has no superblock yet.
+    is_new: bool,
+}
+
+fn open_file(config: &Config, geometry: Geometry, dir: &Path, index: u32) -> Result<DiskFile, StartError> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|source| StartError::Folder { path: dir.to_owned(), source })?;
+    let path = dir.join(tier_file_name(index));
+    let Opened { file, fresh } = TierFile::open(&path, geometry.file_bytes(), limits::LOCK_WAIT)?;
+    let wanted = Superblock {
+        file_index: index,
+        file_count: config.dirs.len() as u32,
+        segment_count: geometry.segment_count,
+        segment_bytes: geometry.segment_bytes,
+        identity: [0; 16],
+        page_key: [0; 32],
+    };
+    match recover::superblock(&file).and_then(|found| found.map(|found| check_geometry(found, &wanted)).transpose()) {
+        Ok(Some(superblock)) => Ok(DiskFile { path, file, fresh, superblock, is_new: false }),
+        Ok(None) => Ok(DiskFile { path, file, fresh, superblock: wanted, is_new: true }),
+        Err(source) => Err(StartError::Recover { path, source }),
+    }
+}
+
+/// A superblock that says of its file what the configuration says.
+fn check_geometry(found: Superblock, wanted: &Superblock) -> Result<Superblock, RecoverError> {
+    let wanted = Superblock { identity: found.identity, page_key: found.page_key, ..wanted.clone() };
+    if found == wanted {
+        return Ok(found);
+    }
+    let geometry = |superblock: &Superblock| {
+        format!(
+            "file {} of {} with {} segments of {}",
+            superblock.file_index,
+            superblock.file_count,
+            superblock.segment_count,
+            Size(superblock.segment_bytes)
+        )
+    };
+    Err(RecoverError::Geometry { found: geometry(&found), wanted: geometry(&wanted) })
 }
 
 /// Identity and page key of a store.
 type StoreIdentity = ([u8; 16], [u8; 32]);
 
-/// Reads what a file held; makes a new one part of the store.
-fn read_store(
-    file: &mut TierFile,
-    path: &Path,
-    wanted: &Superblock,
-    identity: &mut Option<StoreIdentity>,
-) -> Result<RecoveredFile, StartError> {
-    let error = |source| StartError::Recover { path: path.to_owned(), source };
-    let found = recover::superblock(file).map_err(error)?;
-    let Some(found) = found else {
-        let (identity, page_key) = *identity.get_or_insert_with(new_identity);
-        let superblock = Superblock { identity, page_key, ..wanted.clone() };
-        recover::initialize(file, &superblock).map_err(|source| error(source.into()))?;
-        return Ok(RecoveredFile::default());
-    };
-    // A killed daemon's last pages may be in the disk's cache only; what is read below is taken for flushed, so it must be.
-    file.flush().map_err(|source| error(source.into()))?;
-    let (store, page_key) = *identity.get_or_insert((found.identity, found.page_key));
-    let expected = Superblock { identity: store, page_key, ..wanted.clone() };
-    if found != expected {
-        let geometry = |superblock: &Superblock| {
-            format!(
-                "file {} of {} with {} segments of {} (store {:02x?})",
-                superblock.file_index,
-                superblock.file_count,
-                superblock.segment_count,
-                Size(superblock.segment_bytes),
-                &superblock.identity[..4]
-            )
-        };
-        return Err(error(RecoverError::Geometry { found: geometry(&found), wanted: geometry(&expected) }));
+/// What the files that have a superblock agree on; `None` where none has one.
+fn store_of(files: &[DiskFile]) -> Result<Option<StoreIdentity>, StartError> {
+    let of = |file: &DiskFile| (file.superblock.identity, file.superblock.page_key);
+    let mut known = files.iter().filter(|file| !file.is_new);
+    let Some(first) = known.next() else { return Ok(None) };
+    match known.find(|file| of(file) != of(first)) {
+        Some(stranger) => Err(StartError::Recover {
+            path: stranger.path.clone(),
+            source: RecoverError::OtherStore { other: first.path.clone() },
+        }),
+        None => Ok(Some(of(first))),
     }
+}
+
+/// Makes a file part of the store.
+fn make_new(
+    file: &mut TierFile,
+    superblock: &Superblock,
+    fresh: bool,
+    path: &Path,
+) -> Result<RecoveredFile, RecoverError> {
+    if !fresh {
+        tracing::warn!(
+            "tier file {} has its full size but no superblock: it begins empty, and the blocks that it may have held are gone. \
+             Unless its first start was cut off, something wrote over its beginning: look for errors of the disk in the kernel's \
+             log, and at who else may write there",
+            path.display()
+        );
+    }
+    recover::initialize(file, superblock, !fresh)?;
+    Ok(RecoveredFile::default())
+}
+
+/// Reads what a file held.
+fn read(file: &mut TierFile, superblock: &Superblock) -> Result<RecoveredFile, RecoverError> {
+    // A killed daemon's last pages may be in the disk's cache only; what is read below is taken for flushed, so it must be.
+    file.flush()?;
     let mut recovered = RecoveredFile::default();
     let segments = &mut recovered.segments;
-    recovered.counter = recover::directories(file, &found, |segment| segments.push(segment)).map_err(error)?;
+    recovered.counter = recover::directories(file, superblock, |segment| segments.push(segment))?;
     Ok(recovered)
 }
 

@@ -24,12 +24,15 @@ const REFUSAL: Duration = Duration::from_secs(30);
 pub struct Site {
     folder: TempDir,
     flags: Vec<String>,
+    /// Whether the configuration, and no flag, names the folders of the tier files.
+    configures_folders: bool,
 }
 
 impl Site {
     /// Its daemons get these flags besides socket and folder.
     pub fn new(flags: &[&str]) -> Self {
-        Self { folder: TempDir::new().unwrap(), flags: flags.iter().map(|&flag| flag.to_owned()).collect() }
+        let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        Self { folder: TempDir::new().unwrap(), flags, configures_folders: false }
     }
 
     /// Small tiers: 64 MiB of host memory, 128 MiB of disk.
@@ -48,6 +51,17 @@ impl Site {
         let file = site.path("tender.toml");
         fs::write(&file, config).unwrap();
         site.flags.extend(["--config".to_owned(), file.display().to_string()]);
+        site
+    }
+
+    /// Two folders, each with a tier file of 64 MiB.
+    pub fn of_two_folders() -> Self {
+        let mut site = Self::small();
+        let file = site.path("tender.toml");
+        let folders = ["first", "second"].map(|name| format!("\"{}\"", site.path(name).display()));
+        fs::write(&file, format!("dirs = [{}]\n", folders.join(", "))).unwrap();
+        site.flag("--config", file.display());
+        site.configures_folders = true;
         site
     }
 
@@ -78,6 +92,11 @@ impl Site {
         self.path("data/tender-0.tier")
     }
 
+    /// The tier files of a site of two folders.
+    pub fn tier_files(&self) -> [PathBuf; 2] {
+        ["first/tender-0.tier", "second/tender-1.tier"].map(|name| self.path(name))
+    }
+
     /// A file with that content and mode.
     pub fn secret(&self, name: &str, content: &str, mode: u32) -> PathBuf {
         let path = self.path(name);
@@ -89,8 +108,10 @@ impl Site {
     /// `tender serve` with this site's flags.
     pub fn command(&self) -> Command {
         let mut command = tender();
-        command.arg("serve").arg("--socket").arg(self.socket()).arg("--dir").arg(self.path("data"));
-        command.args(&self.flags);
+        command.arg("serve").arg("--socket").arg(self.socket()).args(&self.flags);
+        if !self.configures_folders {
+            command.arg("--dir").arg(self.path("data"));
+        }
         command
     }
 

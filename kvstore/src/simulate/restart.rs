@@ -36,7 +36,7 @@ impl World {
         let superblock = Self::superblock(disk, file);
         let bytes = SEGMENTS_OFFSET + u64::from(superblock.segment_count) * disk.segment_bytes;
         let mut image = DiskImage::new(bytes);
-        recover::initialize(&mut image, &superblock).expect("an image takes what fits");
+        recover::initialize(&mut image, &superblock, false).expect("an image takes what fits");
         image
     }
 

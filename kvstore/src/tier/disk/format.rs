@@ -178,6 +178,11 @@ fn take<const N: usize>(bytes: &[u8], at: &mut usize) -> [u8; N] {
 }
 
 impl Superblock {
+    /// Where a segment of the file begins.
+    pub fn segment_offset(&self, segment: u32) -> u64 {
+        SEGMENTS_OFFSET + u64::from(segment) * self.segment_bytes
+    }
+
     /// Its page.
     pub fn encode(&self) -> Box<Page> {
         let mut page = Page::zeroed();

@@ -1,6 +1,7 @@
 //! What a tier file held when its daemon ended: read once at start, before anything is written.
 
 use std::io;
+use std::path::PathBuf;
 
 use super::format::{self, DirectoryPage, Entry, FormatError, Superblock};
 use crate::device::block::{PAGE_BYTES, PageFile};
@@ -32,8 +33,8 @@ pub enum RecoverError {
     Format(FormatError),
     /// Another geometry.
     #[error(
-        "it was made for {found} and the configuration asks for {wanted}; restore the old --disk size, or remove the file \
-         to start empty"
+        "it was made for {found} and the configuration asks for {wanted}; restore the old --disk size and folders, or remove the \
+         file to start empty"
     )]
     Geometry {
         /// As found.
@@ -41,10 +42,31 @@ pub enum RecoverError {
         /// As configured.
         wanted: String,
     },
+    /// The right geometry, but not of the store that the files before it are of.
+    #[error(
+        "it belongs to another store than {}; give the folders of one store, or remove whichever of the two does not belong \
+         there: an empty one takes its place",
+        other.display()
+    )]
+    OtherStore {
+        /// The first file of the configuration that is of any store.
+        other: PathBuf,
+    },
 }
 
-/// Writes both superblocks of a new file.
-pub fn initialize(file: &mut dyn PageFile, superblock: &Superblock) -> io::Result<()> {
+/// Makes a file without superblocks part of a store: nothing that it holds counts any more.
+///
+/// A `used` one may hold directories, and under the key of the store these would be found at the next start, with blocks that were
+/// purged meanwhile. Without its first page a directory is none.
+pub fn initialize(file: &mut dyn PageFile, superblock: &Superblock, used: bool) -> io::Result<()> {
+    if used {
+        let blank = PageBuffer::zeroed(2)?;
+        for segment in 0..superblock.segment_count {
+            file.write_pages(superblock.segment_offset(segment), &blank)?;
+        }
+        // A superblock that came before would let them count.
+        file.flush()?;
+    }
     let mut pages = PageBuffer::zeroed(2)?;
     for copy in pages.chunks_exact_mut(PAGE_BYTES as usize) {
         copy.copy_from_slice(&superblock.encode().0);
@@ -89,7 +111,7 @@ fn read_segment(
     superblock: &Superblock,
     segment: u32,
 ) -> Result<Option<FoundSegment>, RecoverError> {
-    let offset = format::SEGMENTS_OFFSET + u64::from(segment) * superblock.segment_bytes;
+    let offset = superblock.segment_offset(segment);
     let Some((_, first)) = newest(superblock, segment, 0, &file.read_pages(offset, 2)?, None) else { return Ok(None) };
     let slots = format::slots_per_segment(superblock.segment_bytes, first.slot_bytes.into());
     let count = format::directory_pages(slots);

@@ -15,7 +15,7 @@ fn superblock() -> Superblock {
 
 fn image() -> DiskImage {
     let mut image = DiskImage::new(format::SEGMENTS_OFFSET + 2 * superblock().segment_bytes);
-    initialize(&mut image, &superblock()).expect("it fits");
+    initialize(&mut image, &superblock(), false).expect("it fits");
     image
 }
 
@@ -73,6 +73,21 @@ fn pages_of_another_owner_than_the_first_page_tells_do_not_count() {
     assert_eq!(found(&image), [Some((0, 10)), None], "entries of an owner whose first page was lost");
     write(&mut image, 1, 0, 5, 11);
     assert_eq!(found(&image), [Some((0, 10)), Some((0, 11))]);
+}
+
+#[test]
+fn what_a_file_held_when_it_lost_its_superblocks_does_not_count_under_new_ones() {
+    let mut image = image();
+    write(&mut image, 0, 0, 5, 10);
+    write(&mut image, 0, 1, 5, 12);
+    write(&mut image, 1, 0, 5, 11);
+    image.write_pages(0, &PageBuffer::zeroed(2).expect("pages")).expect("it fits");
+    assert_eq!(superblock_of(&image), None);
+    initialize(&mut image, &superblock(), true).expect("it fits");
+    assert_eq!(superblock_of(&image), Some(superblock()));
+    assert_eq!(found(&image), [], "neither copy of any page");
+    write(&mut image, 0, 0, 6, 13);
+    assert_eq!(found(&image), [Some((0, 13)), None], "nor beside those of a later owner");
 }
 
 #[test]
