@@ -1,4 +1,5 @@
-//! Configurations that cannot be meant: the daemon does not start, and says which field, which value, and what it must be.
+//! Configurations that cannot be meant: the daemon does not start, and says which field, which value, and what it must be. And those
+//! that do not fit the blocks of a client: the log says so.
 
 #[expect(dead_code, reason = "each test file uses what it needs")]
 mod support;
@@ -6,8 +7,11 @@ mod support;
 use std::fs;
 use std::process::Command;
 
+use support::blocks::{Run, attach_to};
 use support::site::{Site, TOKEN, refusal};
 use support::tender;
+use tender_client::proto::BlockLayout;
+use tender_client::{BlockStore, PutOutcome};
 
 /// `tender serve` with this configuration alone.
 fn configured(site: &Site, config: &str) -> Command {
@@ -131,5 +135,64 @@ fn token_files_that_keep_no_secret_are_refused() {
         let path = file.display().to_string();
         refused(site.command().arg("--token-file").arg(&file), &[&path, "tenant `default`", says]);
         assert!(!site.socket().exists(), "nothing was made");
+    }
+}
+
+/// Nothing is refused, so a client learns of it late or never.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_that_the_configuration_keeps_from_disk_or_memory_are_warned_of_once() {
+    let tenant = |quota: &str| format!("[[tenants]]\nname = \"default\"\n{quota} = \"8MiB\"\n");
+    let cases: [(String, u64, PutOutcome, bool, &[&str]); 4] = [
+        (
+            String::new(),
+            16 << 20,
+            PutOutcome::Stored,
+            false,
+            &["16777216 bytes", "segment of disk has 16777216", "larger --disk", "disk_segment"],
+        ),
+        (
+            tenant("disk_quota"),
+            10_000_000,
+            PutOutcome::Stored,
+            false,
+            &["10000000 bytes", "disk_quota is 8388608", "raise"],
+        ),
+        (
+            "write_budget_per_day = \"24MiB\"\n".to_owned(),
+            10_000_000,
+            PutOutcome::Stored,
+            true,
+            &["10000000 bytes", "write_budget_per_day", "1048576", "durable"],
+        ),
+        (
+            tenant("host_quota"),
+            10_000_000,
+            PutOutcome::OverQuota,
+            false,
+            &["10000000 bytes", "host_quota is 8388608", "raise"],
+        ),
+    ];
+    for (config, block_bytes, outcome, durable, says) in cases {
+        let mut site = Site::small();
+        site.configure(&config);
+        let daemon = site.start_ready().await;
+        let small = site.attach(attach_to("small", BlockLayout::opaque(4096))).await;
+        assert!(!daemon.said().contains("blocks of model"), "{}", daemon.said());
+        let large = || site.attach(attach_to("large", BlockLayout::opaque(block_bytes)));
+        let store = large().await;
+        let again = large().await;
+        let said = daemon.said();
+        let warnings: Vec<&str> = said.lines().filter(|line| line.contains("blocks of model")).collect();
+        assert_eq!(warnings.len(), 1, "once: {said}");
+        for words in [&["WARN", "model \"large\"", "tenant `default`"], says].concat() {
+            assert!(warnings[0].contains(words), "`{words}` is not in: {said}");
+        }
+        // What it says is so.
+        let run = Run::new(&store, 1, 1);
+        assert_eq!(run.put_in(&store, 1).await, [outcome], "{config}");
+        assert_eq!(store.durable(&run.keys).await, [durable], "{config}");
+        Run::new(&small, 1, 4).put_durably(&small).await;
+        drop((store, again));
+        daemon.stop();
     }
 }

@@ -138,9 +138,7 @@ fn a_tier_file_that_is_not_ours_is_refused_and_left_alone() {
 fn another_geometry_is_refused() {
     let mut site = Site::new(&["--host", "64MiB", "--disk", "128MiB"]);
     site.start().stop();
-    let config = site.path("tender.toml");
-    fs::write(&config, "disk_segment = \"32MiB\"\n").unwrap();
-    site.flag("--config", config.display());
+    site.configure("disk_segment = \"32MiB\"\n");
     says(&refusal(&mut site.command()), &[&shown(&site.tier_file()), "8 segments of 16 MiB", "4 segments of 32 MiB"]);
 }
 

@@ -44,25 +44,27 @@ impl Site {
     pub fn of_two_tenants(flags: &[&str]) -> Self {
         let mut site = Self::new(flags);
         let token_file = site.secret("other.token", TOKEN, 0o600);
-        let config = format!(
+        site.configure(&format!(
             "[[tenants]]\nname = \"default\"\n[[tenants]]\nname = \"other\"\ntoken_file = \"{}\"\n",
             token_file.display()
-        );
-        let file = site.path("tender.toml");
-        fs::write(&file, config).unwrap();
-        site.flags.extend(["--config".to_owned(), file.display().to_string()]);
+        ));
         site
     }
 
     /// Two folders, each with a tier file of 64 MiB.
     pub fn of_two_folders() -> Self {
         let mut site = Self::small();
-        let file = site.path("tender.toml");
         let folders = ["first", "second"].map(|name| format!("\"{}\"", site.path(name).display()));
-        fs::write(&file, format!("dirs = [{}]\n", folders.join(", "))).unwrap();
-        site.flag("--config", file.display());
+        site.configure(&format!("dirs = [{}]\n", folders.join(", ")));
         site.configures_folders = true;
         site
+    }
+
+    /// A configuration file, for daemons started from now on.
+    pub fn configure(&mut self, config: &str) {
+        let file = self.path("tender.toml");
+        fs::write(&file, config).unwrap();
+        self.flag("--config", file.display());
     }
 
     /// One more flag with its value, for daemons started from now on.

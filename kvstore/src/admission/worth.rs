@@ -46,6 +46,11 @@ impl Worth {
         true
     }
 
+    /// The most bytes of a block that may ever be written, unless somebody waits for it.
+    pub fn block_bytes_max(&self) -> Option<u64> {
+        self.budget.as_ref().map(|budget| Budget::saved_bytes_max(budget.bytes_per_day))
+    }
+
     fn fingerprint(key: &BlockKey) -> (usize, u32) {
         let [a, b, c, d, e, f, ..] = *key.as_bytes();
         (usize::from(u16::from_le_bytes([a, b])), u32::from_le_bytes([c, d, e, f]) | 1)

@@ -99,14 +99,14 @@ impl Namespaces {
         self.records.iter()
     }
 
-    /// Attaches to a namespace, which exists afterwards.
+    /// Attaches to a namespace, which exists afterwards; tells whether nobody did so before.
     pub fn attach(
         &mut self,
         tenant: TenantId,
         namespace: Namespace,
         layout: BlockLayout,
         root: BlockKey,
-    ) -> Result<NamespaceId, NamespaceError> {
+    ) -> Result<(NamespaceId, bool), NamespaceError> {
         let owner = (!namespace.public).then_some(tenant);
         let id = self.find_or_add(owner, tenant, root.tag())?;
         let record = self.get_mut(id);
@@ -118,7 +118,7 @@ impl Namespaces {
                 ours: layout.block_bytes(),
                 our_layout: format!("{:?}", layout.form),
             }),
-            Some(_) => Ok(id),
+            Some(_) => Ok((id, false)),
             None if record.blocks > 0 && record.found_layout != Some(layout.fingerprint()) => {
                 Err(NamespaceError::FoundLayoutDiffers {
                     model: namespace.model,
@@ -128,7 +128,7 @@ impl Namespaces {
             }
             None => {
                 record.known = Some(Known { namespace, root, layout, fingerprint: layout.fingerprint() });
-                Ok(id)
+                Ok((id, true))
             }
         }
     }

@@ -15,7 +15,7 @@ fn index() -> (Index, NamespaceId, BlockKey) {
     let namespace = Namespace::text("model", "bf16", 4);
     let root = namespace.root(&TenantSalt::PUBLIC);
     let attached = index.namespaces.attach(TenantId(0), namespace, BlockLayout::opaque(4096), root);
-    (index, attached.expect("the first namespace"), root)
+    (index, attached.expect("the first namespace").0, root)
 }
 
 /// A chain of that many blocks.

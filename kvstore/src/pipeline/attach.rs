@@ -1,12 +1,13 @@
 //! Who may ask: namespaces are checked here, once, so that two processes which would derive different keys find out at once.
 
-use tender_proto::{BlockLayout, ReuseRule};
+use tender_proto::{BlockLayout, Namespace, ReuseRule};
 
-use super::Core;
+use super::{Action, Actions, Core, TenantConfig};
 use crate::admission::attachments::AttachError;
 use crate::index::ids::{GroupId, NamespaceId, TenantId};
 use crate::request::verb::{AttachVerb, Attached, AttachmentId, RefusalKind, Reply};
 use crate::tier;
+use crate::tier::disk::format;
 
 /// What a request's attachment says of it.
 #[derive(Clone, Copy, Debug)]
@@ -22,7 +23,7 @@ pub(super) struct Under {
 }
 
 impl Core {
-    pub(super) fn attach(&mut self, tenant: TenantId, attach: AttachVerb) -> Reply {
+    pub(super) fn attach(&mut self, tenant: TenantId, attach: AttachVerb, actions: &mut Actions) -> Reply {
         let AttachVerb { attachment, group, member, namespace, layout, expected_root } = attach;
         if layout.reuse_rule != ReuseRule::Prefix {
             let message = format!(
@@ -64,10 +65,13 @@ impl Core {
             };
             return Reply::refused(kind, error.to_string());
         }
-        let id = match self.index.namespaces.attach(tenant, namespace.clone(), layout, root) {
-            Ok(id) => id,
+        let (id, is_first) = match self.index.namespaces.attach(tenant, namespace.clone(), layout, root) {
+            Ok(attached) => attached,
             Err(error) => return Reply::refused(RefusalKind::Contradiction, error.to_string()),
         };
+        if is_first {
+            actions.extend(self.misfits(tenant, &namespace, &layout).map(Action::Warn));
+        }
         self.attachments.join(attachment, tenant, group, member, id, namespace, self.now_ms);
         Reply::Attached(Box::new(Attached {
             attachment,
@@ -76,6 +80,45 @@ impl Core {
             tenant: name,
             block_bytes: layout.block_bytes(),
         }))
+    }
+
+    /// What keeps whole blocks of this layout from disk or from memory though nothing refuses them: each with its cure.
+    fn misfits(&self, tenant: TenantId, namespace: &Namespace, layout: &BlockLayout) -> impl Iterator<Item = String> {
+        let slot_bytes = u64::from(tier::slot_bytes(layout.block_bytes()));
+        let over = |bytes_max: Option<u64>| bytes_max.filter(|&bytes_max| slot_bytes > bytes_max);
+        let TenantConfig { name, host_quota_bytes, disk_quota_bytes, .. } = &self.config.tenants[tenant.0 as usize];
+        let memory = over(*host_quota_bytes).map(|quota_bytes| {
+            format!(
+                "the tenant's host_quota is {quota_bytes}: no block put whole is stored, and each is answered \"over quota\"; raise \
+                 the quota"
+            )
+        });
+        let disk = self.config.disk.as_ref().and_then(|disk| {
+            let segment_bytes = disk.segment_bytes;
+            if format::slots_per_segment(segment_bytes, slot_bytes) == 0 {
+                return Some(format!(
+                    "a segment of disk has {segment_bytes}, its directory included: a block put whole stays in host memory and \
+                     never reaches disk; give a larger --disk, which has larger segments, or set disk_segment"
+                ));
+            }
+            if let Some(quota_bytes) = over(*disk_quota_bytes) {
+                return Some(format!(
+                    "the tenant's disk_quota is {quota_bytes}: its blocks stay in host memory and never reach disk; raise the quota"
+                ));
+            }
+            over(self.worth.block_bytes_max()).map(|saved_bytes| {
+                format!(
+                    "write_budget_per_day lets {saved_bytes} be saved up at most: only blocks that a client asks to be durable reach \
+                     disk; raise the budget"
+                )
+            })
+        });
+        let blocks = format!(
+            "blocks of model {:?} (tenant `{name}`) have {} bytes, but ",
+            namespace.model,
+            layout.block_bytes()
+        );
+        [memory, disk].into_iter().flatten().map(move |misfit| format!("{blocks}{misfit}"))
     }
 
     /// What an attachment stands for.

@@ -254,7 +254,7 @@ impl Core {
             return actions.push(Action::Reply(id, reply));
         }
         let reply = match verb {
-            Verb::Attach(attach) => Some(self.attach(tenant, *attach)),
+            Verb::Attach(attach) => Some(self.attach(tenant, *attach, actions)),
             Verb::Detach(attachment) => {
                 self.attachments.leave(attachment, tenant);
                 Some(Reply::Done)
