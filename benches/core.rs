@@ -3,11 +3,9 @@
 
 use std::time::Instant;
 
-use tender_kvstore::index::ids::TenantId;
+use tender_kvstore::names::{AttachmentId, Hold, RequestId, TenantId};
 use tender_kvstore::pipeline::{Action, Core, CoreConfig, Event, TenantConfig};
-use tender_kvstore::request::verb::{
-    AttachVerb, AttachmentId, Filled, Hold, Reply, Request, RequestId, ReserveOutcome, Verb,
-};
+use tender_kvstore::verb::{AttachVerb, Filled, Reply, Request, ReserveOutcome, Verb};
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
 
 const BATCH: usize = 512;

@@ -281,7 +281,7 @@ impl Geometry {
             let rule = format!("it must hold at least one segment of {}", Size(segment_bytes));
             return Err(value_error(field, bytes, rule));
         }
-        let segments_max = u64::from(crate::tier::slab::SEGMENTS_MAX);
+        let segments_max = u64::from(crate::names::SEGMENTS_MAX);
         if segment_count > segments_max {
             let rule = format!("at most {segments_max} segments of {} fit; give less", Size(segment_bytes));
             return Err(value_error(field, bytes, rule));

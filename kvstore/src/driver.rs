@@ -14,13 +14,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::clock::Clock;
 use crate::device::memory::Arena;
-use crate::index::ids::TenantId;
 use crate::limits;
+use crate::names::{Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
-use crate::request::verb::{Hold, Refusal, RefusalKind, Reply, Request, RequestId, ReserveOutcome, Verb};
 use crate::telemetry;
 use crate::transfer::disk::Command;
 use crate::transfer::{Outcome, TransferId};
+use crate::verb::{Refusal, RefusalKind, Reply, Request, ReserveOutcome, Verb};
 
 /// A reply, and what undoes it.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  stage    request ──► admission ──► index ──► tier ──► transfer ──► completion        a stage names what is to its right, and the
-//!  floor    device/{memory, block}    clock · limits · telemetry                        floor; only `pipeline` sees all six
+//!  floor    device/{memory, block}    names · verb · status · clock · limits            floor; only `pipeline` sees all six
 //!
 //!  gRPC threads ──Event──► core thread: pipeline::Core::step ──Action──► I/O thread per file, preparing thread, gRPC threads
 //! ```
@@ -20,14 +20,17 @@ mod doctor;
 mod driver;
 pub mod index;
 pub mod limits;
+pub mod names;
 pub mod pipeline;
 pub mod request;
 mod serve;
 pub mod simulate;
 mod size;
+pub mod status;
 mod telemetry;
 pub mod tier;
 pub mod transfer;
+pub mod verb;
 
 pub use config::{Config, ConfigError, Overrides, default_socket};
 pub use doctor::{Finding, Verdict, doctor};

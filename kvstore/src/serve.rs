@@ -17,15 +17,15 @@ use crate::device::block::{self, BlockDevice, PageFile};
 use crate::device::memory::{Arena, Extent};
 use crate::doctor::{Finding, Verdict};
 use crate::driver::Driver;
-use crate::index::ids::TenantId;
+use crate::names::TenantId;
 use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
 use crate::request::identity::{Identities, TokenError};
 use crate::request::listen::{ListenError, Listeners, Operators};
 use crate::request::server::{BlocksServer, random};
-use crate::request::verb::Verb;
 use crate::size::Size;
 use crate::tier::disk::format::Superblock;
 use crate::tier::disk::recover::{self, RecoverError};
+use crate::verb::Verb;
 use crate::{doctor, limits, telemetry};
 
 /// Why a daemon does not start. Each says what, why, and the cure.

@@ -6,7 +6,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::LogFormat;
-use crate::request::status::{CoreStatus, Counters, TierStatus};
+use crate::status::{CoreStatus, Counters, TierStatus};
 
 /// Log lines go to stderr, by the filter of the configuration. Returns what is wrong with that filter.
 pub fn start_log(filter: &str, format: LogFormat) -> Result<(), String> {

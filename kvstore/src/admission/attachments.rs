@@ -4,9 +4,8 @@ use std::collections::HashMap;
 
 use tender_proto::Namespace;
 
-use crate::index::ids::{GroupId, NamespaceId, TenantId};
 use crate::limits;
-use crate::request::verb::AttachmentId;
+use crate::names::{AttachmentId, GroupId, NamespaceId, TenantId};
 
 /// One process under one namespace.
 #[derive(Clone, Debug)]

@@ -5,10 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use tender_proto::BlockKey;
 
-use crate::index::ids::{NamespaceId, NodeId};
 use crate::limits;
-use crate::request::verb::{AcquireEnd, Leased, PrefetchReply, Request, RequestId};
-use crate::tier::disk::directory::{CycleId, PageName};
+use crate::names::{CycleId, NamespaceId, NodeId, PageName, RequestId};
+use crate::verb::{AcquireEnd, Leased, PrefetchReply, Request};
 
 /// What a request waits for.
 #[derive(Debug)]
@@ -197,7 +196,7 @@ pub struct WriteBack {
     /// Flushes that had failed when it began.
     pub flush_failures: u64,
     /// First slot of the copy that is being written.
-    pub disk: crate::tier::slab::SlotId,
+    pub disk: crate::names::SlotId,
     /// Bytes of its slots.
     pub bytes: u64,
     /// Durables that wait.

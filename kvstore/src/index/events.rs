@@ -3,36 +3,9 @@
 
 use std::collections::VecDeque;
 
-use tender_proto::BlockKey;
-
-use super::ids::TenantId;
 use crate::limits;
-
-/// A tier as residency names it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Place {
-    /// Memory of this node.
-    Host,
-    /// Its disks.
-    Disk,
-}
-
-/// A block came to a tier or left it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Residency {
-    /// The block.
-    pub key: BlockKey,
-    /// The block before it, or the root; zeros when not known.
-    pub parent: BlockKey,
-    /// The tier.
-    pub place: Place,
-    /// Came or left.
-    pub present: bool,
-    /// First half of the namespace's root.
-    pub namespace: [u8; 16],
-    /// All shards together.
-    pub block_bytes: u32,
-}
+use crate::names::TenantId;
+use crate::verb::Residency;
 
 #[derive(Debug, Default)]
 struct Log {

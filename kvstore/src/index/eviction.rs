@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::ids::NodeId;
+use crate::names::NodeId;
 use crate::tier::slab::ShelfId;
 
 /// Orders the nodes that have a copy in one tier. Only leaves (what that is, the index says) are candidates, so that a long chain does

@@ -12,18 +12,18 @@
 
 pub mod events;
 mod eviction;
-pub mod ids;
 pub mod namespaces;
 
 use hashbrown::HashTable;
 use tender_proto::{BlockKey, sum};
 
-use self::events::{Events, Place, Residency};
+use self::events::Events;
 pub use self::eviction::{Eviction, Lru};
-use self::ids::{NamespaceId, NodeId, TenantId};
 use self::namespaces::Namespaces;
 use crate::limits;
-use crate::tier::slab::{ShelfId, SlotId};
+use crate::names::{NamespaceId, NodeId, Place, SlotId, TenantId};
+use crate::tier::slab::ShelfId;
+use crate::verb::Residency;
 
 /// One block.
 #[derive(Clone, Copy, Debug)]
@@ -76,21 +76,6 @@ pub struct Index {
     pub namespaces: Namespaces,
     /// What came and went.
     pub events: Events,
-}
-
-impl Place {
-    /// Place in arrays of two.
-    pub const fn at(self) -> usize {
-        self as usize
-    }
-
-    /// The other tier.
-    pub const fn other(self) -> Self {
-        match self {
-            Self::Host => Self::Disk,
-            Self::Disk => Self::Host,
-        }
-    }
 }
 
 impl Node {

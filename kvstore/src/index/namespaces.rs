@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use tender_proto::{BlockKey, BlockLayout, Namespace};
 
-use super::ids::{NamespaceId, TenantId};
 use crate::limits;
+use crate::names::{NamespaceId, TenantId};
 
 /// A namespace of one tenant.
 #[derive(Clone, Debug)]

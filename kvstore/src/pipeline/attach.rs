@@ -4,10 +4,10 @@ use tender_proto::{BlockLayout, Namespace, ReuseRule};
 
 use super::{Action, Actions, Core, TenantConfig};
 use crate::admission::attachments::AttachError;
-use crate::index::ids::{GroupId, NamespaceId, TenantId};
-use crate::request::verb::{AttachVerb, Attached, AttachmentId, RefusalKind, Reply};
+use crate::names::{AttachmentId, GroupId, NamespaceId, TenantId};
 use crate::tier;
 use crate::tier::disk::format;
+use crate::verb::{AttachVerb, Attached, RefusalKind, Reply};
 
 /// What a request's attachment says of it.
 #[derive(Clone, Copy, Debug)]

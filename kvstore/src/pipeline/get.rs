@@ -5,13 +5,9 @@ use tender_proto::BlockKey;
 use super::put::shard_of;
 use super::{Action, Actions, Core};
 use crate::completion::{AcquireBlock, AcquireWait, Patience, PrefetchWait, Waiting};
-use crate::index::events::Place;
-use crate::index::ids::{NamespaceId, NodeId, TenantId};
-use crate::request::verb::{
-    AcquireEnd, Acquired, AttachmentId, Hold, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, Request,
-    RequestId, Verb,
-};
+use crate::names::{AttachmentId, Hold, NamespaceId, NodeId, Place, RequestId, TenantId};
 use crate::transfer::lanes::Lane;
+use crate::verb::{AcquireEnd, Acquired, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, Request, Verb};
 
 /// Loads that one prefetch keeps in flight: enough to fill a disk, few enough that several share it.
 const PREFETCH_LOADS: usize = 32;

@@ -4,13 +4,12 @@ use tender_proto::sum;
 
 use super::{Action, Actions, Core, Job};
 use crate::completion::Load;
-use crate::index::events::Place;
-use crate::index::ids::{GroupId, NodeId};
 use crate::limits;
-use crate::request::verb::{AcquireEnd, RequestId};
-use crate::tier::slab::{Owner, SlotId, SlotState};
+use crate::names::{GroupId, NodeId, Place, RequestId, SlotId};
+use crate::tier::slab::{Owner, SlotState};
 use crate::transfer::lanes::Lane;
 use crate::transfer::{Expected, Outcome, Transfer};
+use crate::verb::AcquireEnd;
 
 use super::put::shard_of;
 

@@ -29,15 +29,13 @@ use crate::admission::attachments::Attachments;
 use crate::admission::worth::Worth;
 use crate::completion::{Load, Pending, WriteBack};
 use crate::index::Index;
-use crate::index::ids::{NodeId, TenantId};
-use crate::request::status::Counters;
-use crate::request::verb::{AttachmentId, Hold, Refusal, RefusalKind, Reply, Request, RequestId, Verb};
+use crate::names::{AttachmentId, Hold, NodeId, PageName, RequestId, SlotId, TenantId};
+use crate::status::Counters;
 use crate::tier::disk::DiskTier;
-use crate::tier::disk::directory::PageName;
 use crate::tier::host::HostTier;
-use crate::tier::slab::SlotId;
 use crate::transfer::lanes::{Lane, Lanes};
 use crate::transfer::{Outcome, Transfer, TransferId};
+use crate::verb::{Refusal, RefusalKind, Reply, Request, Verb};
 
 pub use self::recover::RecoveredFile;
 

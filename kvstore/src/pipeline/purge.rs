@@ -4,11 +4,9 @@
 
 use super::{Action, Actions, Core};
 use crate::completion::{PurgeWait, Waiting};
-use crate::index::events::Place;
-use crate::index::ids::{NodeId, TenantId};
 use crate::limits;
-use crate::request::verb::{AttachmentId, PurgeWhat, Reply, RequestId};
-use crate::tier::slab::SlotId;
+use crate::names::{AttachmentId, NodeId, Place, RequestId, SlotId, TenantId};
+use crate::verb::{PurgeWhat, Reply};
 
 impl Core {
     pub(super) fn purge(

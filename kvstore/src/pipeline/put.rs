@@ -6,11 +6,10 @@ use super::Core;
 use super::attach::Under;
 use super::room::NoSlot;
 use crate::completion::Patience;
-use crate::index::events::Place;
-use crate::index::ids::{NodeId, TenantId};
-use crate::request::verb::{AttachmentId, CommitOutcome, Filled, Hold, Reply, Request, ReserveOutcome, Verb};
+use crate::names::{AttachmentId, Hold, NodeId, Place, SlotId, TenantId};
 use crate::tier;
-use crate::tier::slab::{Owner, SlotId, SlotState};
+use crate::tier::slab::{Owner, SlotState};
+use crate::verb::{CommitOutcome, Filled, Reply, Request, ReserveOutcome, Verb};
 
 /// An incomplete block is given up when nothing was added to it for so long.
 const PARTIAL_MS: u64 = 60_000;

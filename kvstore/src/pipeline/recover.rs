@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use tender_proto::BlockKey;
 
 use super::Core;
-use crate::index::events::Place;
-use crate::index::ids::{NamespaceId, TenantId};
+use crate::names::{NamespaceId, Place, SlotId, TenantId};
 use crate::tier::disk::Note;
 use crate::tier::disk::format::{self, ENTRIES_PER_PAGE, Entry};
 use crate::tier::disk::recover::{FoundSegment, entry_bits};
-use crate::tier::slab::{Owner, SlotId, SlotState};
+use crate::tier::slab::{Owner, SlotState};
 
 /// What one tier file held.
 #[derive(Clone, Debug, Default)]

@@ -4,12 +4,11 @@ use tender_proto::BlockLayout;
 
 use super::Core;
 use crate::completion::Waiting;
-use crate::index::events::{Place, Residency};
-use crate::index::ids::{NodeId, TenantId};
 use crate::limits;
-use crate::request::status::{CoreStatus, TenantStatus, TierStatus};
-use crate::request::verb::{AttachmentId, Reply, RequestId};
+use crate::names::{AttachmentId, NodeId, Place, RequestId, TenantId};
+use crate::status::{CoreStatus, TenantStatus, TierStatus};
 use crate::tier::slab::SlotState;
+use crate::verb::{Reply, Residency};
 
 use super::{Action, Actions};
 
@@ -95,7 +94,7 @@ impl Core {
     }
 
     /// Everything counted so far.
-    pub fn counters(&self) -> &crate::request::status::Counters {
+    pub fn counters(&self) -> &crate::status::Counters {
         &self.counters
     }
 
@@ -112,7 +111,7 @@ impl Core {
             Waiting::Prefetch(wait) => Self::last_word(wait),
             Waiting::Durable(wait) => self.durable_reply(&wait),
             Waiting::Purge(_) => Reply::refused(
-                crate::request::verb::RefusalKind::Busy,
+                crate::verb::RefusalKind::Busy,
                 "purged from memory and index, but not yet on disk at the deadline; purge again to be sure that no crash brings it back",
             ),
             Waiting::Drain(_) => Reply::Done,

@@ -3,13 +3,12 @@
 
 use super::{Action, Actions, Core, Draining};
 use crate::completion::{Patience, Waiting};
-use crate::index::events::Place;
-use crate::index::ids::{GroupId, NodeId, TenantId};
 use crate::limits;
-use crate::request::verb::{Reply, Request, Verb};
+use crate::names::{GroupId, NodeId, Place, SlotId, TenantId};
 use crate::tier::Tier;
 use crate::tier::disk::DiskTier;
-use crate::tier::slab::{Owner, ShelfId, Slab, SlotId, SlotState};
+use crate::tier::slab::{Owner, ShelfId, Slab, SlotState};
+use crate::verb::{Reply, Request, Verb};
 
 /// Why there is no slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

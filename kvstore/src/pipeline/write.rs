@@ -4,16 +4,15 @@ use tender_proto::BlockKey;
 
 use super::{Action, Actions, Core, Job};
 use crate::completion::{DrainWait, DurableWait, Waiting, WriteBack};
-use crate::index::events::Place;
-use crate::index::ids::{GroupId, NodeId, TenantId};
 use crate::limits;
-use crate::request::verb::{AttachmentId, Reply, RequestId};
+use crate::names::{AttachmentId, CycleId, GroupId, NodeId, PageName, Place, RequestId, SlotId, TenantId};
 use crate::tier::disk::Note;
-use crate::tier::disk::directory::{CycleId, Directory, PageName, Step};
+use crate::tier::disk::directory::{Directory, Step};
 use crate::tier::disk::format::{self, DirectoryPage, ENTRIES_PER_PAGE, Entry};
-use crate::tier::slab::{Owner, SlotId, SlotState};
+use crate::tier::slab::{Owner, SlotState};
 use crate::transfer::lanes::Lane;
 use crate::transfer::{Outcome, Transfer, TransferId};
+use crate::verb::Reply;
 
 impl Core {
     pub(super) fn disk_usable(&self) -> bool {

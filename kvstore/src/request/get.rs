@@ -13,12 +13,11 @@ use tonic::Status;
 
 use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys, send};
 use super::session::Session;
-use super::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
 use super::window::Window;
 use crate::device::memory::Arena;
 use crate::driver::Undo;
-use crate::index::events::Place;
-use crate::index::ids::TenantId;
+use crate::names::{Place, TenantId};
+use crate::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
 use crate::{limits, telemetry, tier};
 
 use wire::GetEndReason;

@@ -9,7 +9,7 @@ use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Status};
 
 use crate::config::Tenant;
-use crate::index::ids::TenantId;
+use crate::names::TenantId;
 
 /// Shortest token: what is shorter can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;

@@ -15,7 +15,5 @@ mod operator;
 mod put;
 pub mod server;
 mod session;
-pub mod status;
-pub mod verb;
 mod watch;
 mod window;

@@ -7,14 +7,13 @@ use tonic::{Request, Response, Status};
 
 use super::identity::{Identities, Rights};
 use super::server::status;
-use super::status::{CoreStatus, TierStatus};
-use super::verb::{Reply, Verb};
 use crate::config::Config;
 use crate::doctor::{Finding, Verdict};
 use crate::driver::CoreHandle;
-use crate::index::ids::TenantId;
 use crate::limits;
-use crate::tier::disk::Health;
+use crate::names::TenantId;
+use crate::status::{CoreStatus, Health, TierStatus};
+use crate::verb::{Reply, Verb};
 
 /// Serves `tender.v1.Operator`.
 #[derive(Clone)]

@@ -11,11 +11,11 @@ use tonic::{Status, Streaming};
 
 use super::server::{BlocksServer, ReplyStream, deadline, invalid, keys, send};
 use super::session::Session;
-use super::verb::{CommitOutcome, Filled, Hold, Reply, ReserveOutcome, Verb};
 use super::window::Window;
 use crate::device::memory::{Arena, Extent};
 use crate::driver::Undo;
-use crate::index::ids::TenantId;
+use crate::names::{Hold, TenantId};
+use crate::verb::{CommitOutcome, Filled, Reply, ReserveOutcome, Verb};
 use crate::{limits, telemetry, tier};
 
 use wire::PutOutcome;

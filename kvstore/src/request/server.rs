@@ -13,10 +13,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::identity::Identities;
 use super::session::{Session, Sessions};
-use super::verb::{AttachVerb, AttachmentId, PurgeWhat, Refusal, RefusalKind, Reply, Verb};
 use super::window::Windows;
 use crate::driver::CoreHandle;
-use crate::index::ids::TenantId;
+use crate::names::{AttachmentId, TenantId};
+use crate::verb::{AttachVerb, PurgeWhat, Refusal, RefusalKind, Reply, Verb};
 use crate::{limits, telemetry};
 
 /// Serves `tender.v1.Blocks`.

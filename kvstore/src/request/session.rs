@@ -5,9 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tender_proto::{BlockKey, BlockLayout};
 
-use super::verb::AttachmentId;
-use crate::index::ids::TenantId;
 use crate::limits;
+use crate::names::{AttachmentId, TenantId};
 
 /// One attachment.
 #[derive(Clone, Debug)]

@@ -10,10 +10,9 @@ use tonic::Status;
 
 use super::server::{BlocksServer, ReplyStream, send};
 use super::session::Session;
-use super::verb::{Reply, Verb};
-use crate::index::events::{Place, Residency};
-use crate::index::ids::TenantId;
 use crate::limits;
+use crate::names::{Place, TenantId};
+use crate::verb::{Reply, Residency, Verb};
 
 use wire::watch_reply::Part;
 

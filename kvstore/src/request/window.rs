@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::device::memory::Arena;
-use crate::index::ids::TenantId;
 use crate::limits;
+use crate::names::TenantId;
 
 /// Permits are counted in KiB, so that a terabyte of memory can be counted.
 const UNIT_BYTES: u64 = 1024;

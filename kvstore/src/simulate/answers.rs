@@ -6,14 +6,10 @@ use super::clients::{Group, Lease, Put, Question};
 use super::oracle::Block;
 use super::payload::{self, Version};
 use super::world::World;
-use crate::index::events::Place;
-use crate::index::ids::TenantId;
 use crate::limits;
-use crate::request::status::CoreStatus;
-use crate::request::verb::{
-    Acquired, CommitOutcome, LookupReply, PrefetchReply, RefusalKind, Reply, RequestId, ReserveOutcome, Verb,
-};
-use crate::tier::disk::Health;
+use crate::names::{Place, RequestId, TenantId};
+use crate::status::{CoreStatus, Health};
+use crate::verb::{Acquired, CommitOutcome, LookupReply, PrefetchReply, RefusalKind, Reply, ReserveOutcome, Verb};
 
 impl World {
     pub(super) fn answered(&mut self, id: RequestId, reply: Reply) {

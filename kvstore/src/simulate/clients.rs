@@ -9,9 +9,8 @@ use super::random::Random;
 use super::scenario::Space;
 use super::world::{Due, World};
 use crate::device::memory::Extent;
-use crate::index::ids::TenantId;
-use crate::request::verb::{AttachVerb, AttachmentId, Filled, Hold, PurgeWhat, Verb};
-use crate::tier::slab::SlotId;
+use crate::names::{AttachmentId, Hold, SlotId, TenantId};
+use crate::verb::{AttachVerb, Filled, PurgeWhat, Verb};
 
 /// An engine: one namespace, one number of shards, and as long as it lives one version of everything it writes.
 #[derive(Clone, Debug)]

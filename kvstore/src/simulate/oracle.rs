@@ -6,7 +6,8 @@ use tender_proto::{BlockKey, Shard};
 
 use super::payload::{self, Version};
 use super::scenario::Space;
-use crate::index::events::{Place, Residency};
+use crate::names::Place;
+use crate::verb::Residency;
 
 /// A block as the world names it: space, then place in its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -5,7 +5,7 @@ use tender_proto::sum::{GOLDEN, mix};
 use tender_proto::{BlockKey, Shard};
 
 use crate::device::block::PAGE_BYTES;
-use crate::index::ids::TenantId;
+use crate::names::TenantId;
 
 const PAGE: usize = PAGE_BYTES as usize;
 

@@ -9,13 +9,12 @@ use super::oracle::Block;
 use super::scenario::{Scenario, Space};
 use super::world::{Disk, Due, World};
 use crate::device::block::simulated::{DiskImage, Faults, SimulatedDisk};
-use crate::index::events::Place;
-use crate::index::ids::TenantId;
+use crate::names::{AttachmentId, Place, TenantId};
 use crate::pipeline::{Core, CoreConfig, DiskConfig, Event, RecoveredFile};
-use crate::request::verb::{AcquireEnd, AttachmentId, PurgeWhat, Reply, Verb};
 use crate::tier::disk::format::{SEGMENTS_OFFSET, Superblock};
 use crate::tier::disk::recover;
 use crate::transfer::disk::InFlight;
+use crate::verb::{AcquireEnd, PurgeWhat, Reply, Verb};
 
 /// Long enough for everything that waits, and for a disk that was left alone.
 const LONG_MS: u64 = 120_000;

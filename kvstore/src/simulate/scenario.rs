@@ -7,7 +7,7 @@ use tender_proto::{BlockKey, BlockLayout, Namespace, TenantSalt};
 
 use super::random::Random;
 use crate::device::block::simulated::Faults;
-use crate::index::ids::TenantId;
+use crate::names::TenantId;
 use crate::pipeline::{CoreConfig, DiskConfig, TenantConfig};
 
 /// Requests that a file takes at once.

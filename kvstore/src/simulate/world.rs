@@ -13,12 +13,12 @@ use super::trace::Trace;
 use crate::device::block::BlockDevice;
 use crate::device::block::simulated::SimulatedDisk;
 use crate::device::memory::{Arena, Extent};
-use crate::index::ids::TenantId;
 use crate::limits;
+use crate::names::{AttachmentId, Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
-use crate::request::verb::{AttachmentId, Hold, Reply, Request, RequestId, Verb};
 use crate::transfer::Transfer;
 use crate::transfer::disk::InFlight;
+use crate::verb::{Reply, Request, Verb};
 
 /// Something that will happen.
 #[derive(Debug)]

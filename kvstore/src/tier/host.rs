@@ -4,8 +4,9 @@
 use tender_proto::sum;
 
 use super::Tier;
-use super::slab::{Slab, SlotId};
+use super::slab::Slab;
 use crate::device::memory::Extent;
+use crate::names::SlotId;
 
 /// The host tier.
 #[derive(Debug)]

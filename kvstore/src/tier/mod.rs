@@ -7,9 +7,9 @@ pub mod slab;
 
 use tender_proto::BlockLayout;
 
-use self::slab::{Owner, ShelfId, Slab, SlotId};
+use self::slab::{Owner, ShelfId, Slab};
 use crate::device::block::PAGE_BYTES;
-use crate::index::ids::{GroupId, NodeId, TenantId};
+use crate::names::{GroupId, NodeId, SlotId, TenantId};
 
 /// Bytes of the slot that holds `payload_bytes`: whole pages and nothing else, since a model has one or two sizes and rounding
 /// further up wastes a tenth of memory.

@@ -6,41 +6,12 @@
 //! slot      Free ──reserve──► Filling ──publish──► Resident ──release──► Free        a new generation at every reserve
 //!                                  └──release──► Free      └─quarantine─► Quarantined (until its segment is retired)
 //! ```
-//! A slot is named by segment (14 bits) and place (18 bits): 16,384 segments, and 1 GiB / 4 KiB = 262,144 slots in each.
 
 use std::collections::HashMap;
 
-use crate::index::ids::{GroupId, NodeId, TenantId};
 use crate::limits;
-
-/// Name of a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SlotId(u32);
-
-const PLACE_BITS: u32 = 18;
-
-/// Most segments of one tier.
-pub const SEGMENTS_MAX: u32 = (1 << (32 - PLACE_BITS)) - 1;
-
-impl SlotId {
-    /// No slot.
-    pub const NONE: Self = Self(u32::MAX);
-
-    /// The slot at `place` of `segment`.
-    pub fn new(segment: u32, place: u32) -> Self {
-        Self(segment << PLACE_BITS | place)
-    }
-
-    /// Its segment.
-    pub fn segment(self) -> u32 {
-        self.0 >> PLACE_BITS
-    }
-
-    /// Its place in the segment.
-    pub fn place(self) -> u32 {
-        self.0 & ((1 << PLACE_BITS) - 1)
-    }
-}
+use crate::names::{GroupId, NodeId, SEGMENTS_MAX, SlotId, TenantId};
+use crate::status::Usage;
 
 /// What a slot is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,19 +106,6 @@ pub struct Slab {
     shelves: Vec<Shelf>,
     shelf_of: HashMap<Owner, ShelfId>,
     generation: u32,
-}
-
-/// What a tier holds, for people.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Bytes of used slots.
-    pub used_bytes: u64,
-    /// All slots of owned segments.
-    pub slots: u64,
-    /// Used slots.
-    pub used_slots: u64,
-    /// Bytes of segments that are prepared.
-    pub ready_bytes: u64,
 }
 
 impl Slab {

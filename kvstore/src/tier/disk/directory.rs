@@ -12,18 +12,7 @@ use std::collections::VecDeque;
 
 use super::format;
 use crate::limits;
-use crate::tier::slab::SlotId;
-
-/// A page of the directory of a segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PageName {
-    /// Segment of the tier.
-    pub segment: u32,
-    /// Page of its directory.
-    pub page: u32,
-    /// Ownership of the segment that was meant.
-    pub epoch: u64,
-}
+use crate::names::{CycleId, PageName, SlotId};
 
 #[derive(Clone, Debug, Default)]
 struct PageState {
@@ -52,10 +41,6 @@ struct SegmentState {
     owned: bool,
     pages: Vec<PageState>,
 }
-
-/// Number of a cycle.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct CycleId(pub u64);
 
 #[derive(Debug)]
 enum Cycle {

@@ -7,8 +7,10 @@ pub mod recover;
 
 use self::directory::Directory;
 use super::Tier;
-use super::slab::{Owner, Slab, SlotId};
+use super::slab::{Owner, Slab};
 use crate::limits;
+use crate::names::SlotId;
+use crate::status::Health;
 
 /// The disk tier.
 #[derive(Debug)]
@@ -50,17 +52,6 @@ pub struct Note {
     /// The slot is known to hold what the entry says: written, or read, since the start. An entry may survive a crash that its payload
     /// did not.
     pub verified: bool,
-}
-
-/// Whether the disk can be trusted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
-    /// Yes.
-    Good,
-    /// It failed that often in a row.
-    Degraded(u32),
-    /// It is left alone until then, in milliseconds of the core's clock.
-    Disabled(u64),
 }
 
 /// Where on disk something is.

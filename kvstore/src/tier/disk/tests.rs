@@ -2,7 +2,7 @@
 
 use super::directory::Step;
 use super::*;
-use crate::index::ids::{GroupId, NodeId, TenantId};
+use crate::names::{GroupId, NodeId, TenantId};
 
 #[test]
 fn a_segment_is_not_used_again_while_pages_are_on_their_way() {

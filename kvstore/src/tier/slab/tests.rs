@@ -1,5 +1,6 @@
 //! The slab against a plain model: every slot has one owner, every name one life.
 
+use crate::names::SlotId;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;

@@ -1,5 +1,6 @@
 //! Cycles: what is acknowledged as durable is on the copy that nobody writes over.
 
+use crate::names::{CycleId, PageName};
 use proptest::prelude::*;
 
 use super::*;

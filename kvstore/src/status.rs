@@ -1,8 +1,5 @@
 //! How the store is, as the core tells it.
 
-use crate::tier::disk::Health;
-use crate::tier::slab::Usage;
-
 /// Everything the core counts, from its start on. One list, so that status page and metrics cannot differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "each name is explained in NAMES, which the metrics page shows")]
@@ -114,4 +111,28 @@ pub struct CoreStatus {
     pub counters: Counters,
     /// Attachments in use.
     pub attachments: u64,
+}
+
+/// What a tier holds, for people.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of used slots.
+    pub used_bytes: u64,
+    /// All slots of owned segments.
+    pub slots: u64,
+    /// Used slots.
+    pub used_slots: u64,
+    /// Bytes of segments that are prepared.
+    pub ready_bytes: u64,
+}
+
+/// Whether the disk can be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Yes.
+    Good,
+    /// It failed that often in a row.
+    Degraded(u32),
+    /// It is left alone until then, in milliseconds of the core's clock.
+    Disabled(u64),
 }

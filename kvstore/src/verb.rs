@@ -3,17 +3,7 @@
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard};
 
 use crate::device::memory::Extent;
-use crate::index::events::{Place, Residency};
-use crate::index::ids::TenantId;
-use crate::tier::slab::SlotId;
-
-/// Name of a request, unique while the daemon runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RequestId(pub u64);
-
-/// Name of an attachment; hard to guess.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct AttachmentId(pub u64);
+use crate::names::{AttachmentId, Hold, Place, RequestId, TenantId};
 
 /// A request: who asks, by when, what.
 #[derive(Clone, Debug)]
@@ -117,15 +107,6 @@ pub struct AttachVerb {
     pub expected_root: Option<BlockKey>,
 }
 
-/// A slot under one reservation or lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hold {
-    /// Which slot.
-    pub slot: SlotId,
-    /// Which reservation of it.
-    pub generation: u32,
-}
-
 /// A reserved slot that was filled.
 #[derive(Clone, Debug)]
 pub struct Filled {
@@ -171,11 +152,28 @@ pub enum Reply {
         next: Option<u32>,
     },
     /// To `Status`.
-    Status(Box<super::status::CoreStatus>),
+    Status(Box<crate::status::CoreStatus>),
     /// To `Detach`, `Abort`, `Release`, `Drain`.
     Done,
     /// The question cannot be answered.
     Refused(Refusal),
+}
+
+/// A block came to a tier or left it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Residency {
+    /// The block.
+    pub key: BlockKey,
+    /// The block before it, or the root; zeros when not known.
+    pub parent: BlockKey,
+    /// The tier.
+    pub place: Place,
+    /// Came or left.
+    pub present: bool,
+    /// First half of the namespace's root.
+    pub namespace: [u8; 16],
+    /// All shards together.
+    pub block_bytes: u32,
 }
 
 /// Why a question cannot be answered.
