@@ -15,7 +15,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use crate::clock::Clock;
 use crate::device::memory::Arena;
 use crate::limits;
-use crate::names::{Hold, RequestId, TenantId};
+use crate::names::{By, Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
 use crate::telemetry;
 use crate::transfer::disk::Command;
@@ -44,24 +44,24 @@ impl Undo {
         let verb = match reply {
             Reply::Acquired(acquired) => {
                 let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
-                Verb::Release(parts.map(|part| part.hold).collect())
+                Verb::Release(By::Daemon, parts.map(|part| part.hold).collect())
             }
             Reply::Reserved(outcomes) => {
                 let granted = |outcome: &ReserveOutcome| match outcome {
                     ReserveOutcome::Granted { hold, .. } => Some(*hold),
                     _ => None,
                 };
-                Verb::Abort(outcomes.iter().filter_map(granted).collect())
+                Verb::Abort(By::Daemon, outcomes.iter().filter_map(granted).collect())
             }
             _ => return None,
         };
-        let (Verb::Release(holds) | Verb::Abort(holds)) = &verb else { return None };
+        let (Verb::Release(_, holds) | Verb::Abort(_, holds)) = &verb else { return None };
         if holds.is_empty() { None } else { Some(Self { verb: Some(verb), sender: sender.clone() }) }
     }
 
     /// Somebody else answers for these from now on.
     pub fn forget(&mut self, ended: &[Hold]) {
-        if let Some(Verb::Release(holds) | Verb::Abort(holds)) = &mut self.verb {
+        if let Some(Verb::Release(_, holds) | Verb::Abort(_, holds)) = &mut self.verb {
             holds.retain(|hold| !ended.contains(hold));
         }
     }

@@ -39,6 +39,9 @@ pub const ACQUIRE_BYTES_MAX: u64 = 16 << 20;
 /// Slots of one put held at once over gRPC: the same window.
 pub const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
+/// Reservations and leases at once: a lease for each slot of 4 GiB of host memory in 4 KiB blocks, at 28 B of state each 28 MiB.
+pub const GRANTS_MAX: usize = 1 << 20;
+
 /// Loads from disk queued or in flight, over all requests: the leases' share (a quarter) of 4 GiB of host memory in 16 KiB blocks, at
 /// about 250 B of state each 16 MiB.
 pub const LOADS_MAX: usize = 65_536;

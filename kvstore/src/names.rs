@@ -64,13 +64,31 @@ impl SlotId {
     }
 }
 
-/// A slot under one reservation or lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Name of one reservation or one lease; good until it ends, and never again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Hold {
-    /// Which slot.
-    pub slot: SlotId,
-    /// Which reservation of it.
+    /// Its place among all of them.
+    pub place: u32,
+    /// How often that place was used.
     pub generation: u32,
+}
+
+/// Whose a hold is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The group that it belongs to: each of its members may end it.
+    pub group: GroupId,
+    /// The member that asked for it.
+    pub attachment: AttachmentId,
+}
+
+/// Who ends a hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The daemon, for whoever dropped an answer.
+    Daemon,
+    /// A member of this group.
+    Group(GroupId),
 }
 
 /// A tier as residency names it.

@@ -3,7 +3,7 @@
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard};
 
 use crate::device::memory::Extent;
-use crate::names::{AttachmentId, Hold, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Hold, Place, RequestId, TenantId};
 
 /// A request: who asks, by when, what.
 #[derive(Clone, Debug)]
@@ -43,7 +43,7 @@ pub enum Verb {
     /// Reserved slots are filled.
     Commit(AttachmentId, Vec<Filled>),
     /// Reserved slots will not be filled.
-    Abort(Vec<Hold>),
+    Abort(By, Vec<Hold>),
     /// Leases on the longest run of blocks.
     Acquire {
         /// Under which.
@@ -54,7 +54,7 @@ pub enum Verb {
         bytes_max: u64,
     },
     /// Leases are given back.
-    Release(Vec<Hold>),
+    Release(By, Vec<Hold>),
     /// Bring these up to host memory.
     Prefetch(AttachmentId, Vec<BlockKey>),
     /// Make these survive a power cut.

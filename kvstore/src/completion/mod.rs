@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tender_proto::BlockKey;
 
 use crate::limits;
-use crate::names::{CycleId, NamespaceId, NodeId, PageName, RequestId};
+use crate::names::{CycleId, Holder, NamespaceId, NodeId, PageName, RequestId};
 use crate::verb::{AcquireEnd, Leased, PrefetchReply, Request};
 
 /// What a request waits for.
@@ -47,6 +47,8 @@ pub enum AcquireBlock {
 /// An acquire that waits for loads.
 #[derive(Debug)]
 pub struct AcquireWait {
+    /// Whose the leases are.
+    pub holder: Holder,
     /// Its blocks, in order.
     pub blocks: Vec<AcquireBlock>,
     /// Why there are no more.

@@ -4,7 +4,7 @@ use tender_proto::{BlockLayout, Namespace, ReuseRule};
 
 use super::{Action, Actions, Core, TenantConfig};
 use crate::admission::attachments::AttachError;
-use crate::names::{AttachmentId, GroupId, NamespaceId, TenantId};
+use crate::names::{AttachmentId, Holder, NamespaceId, TenantId};
 use crate::tier;
 use crate::tier::disk::format;
 use crate::verb::{AttachVerb, Attached, RefusalKind, Reply};
@@ -14,8 +14,8 @@ use crate::verb::{AttachVerb, Attached, RefusalKind, Reply};
 pub(super) struct Under {
     /// The namespace of its keys.
     pub namespace: NamespaceId,
-    /// Who holds what it reserves.
-    pub group: GroupId,
+    /// Who holds what it reserves and leases.
+    pub holder: Holder,
     /// The bytes of its blocks.
     pub layout: BlockLayout,
     /// Seeds their sums.
@@ -124,9 +124,9 @@ impl Core {
     /// What an attachment stands for.
     pub(super) fn under(&mut self, tenant: TenantId, attachment: AttachmentId) -> Option<Under> {
         let attached = self.attachments.get(attachment, tenant, self.now_ms)?;
-        let (namespace, group) = (attached.namespace, attached.group);
+        let (namespace, holder) = (attached.namespace, Holder { group: attached.group, attachment });
         let known = self.index.namespaces.get(namespace).known.as_ref();
         let known = known.expect("an attachment's namespace is known");
-        Some(Under { namespace, group, layout: known.layout, fingerprint: known.fingerprint })
+        Some(Under { namespace, holder, layout: known.layout, fingerprint: known.fingerprint })
     }
 }

@@ -4,8 +4,9 @@ use tender_proto::BlockKey;
 
 use super::put::shard_of;
 use super::{Action, Actions, Core};
+use crate::admission::grants::{Grant, Right};
 use crate::completion::{AcquireBlock, AcquireWait, Patience, PrefetchWait, Waiting};
-use crate::names::{AttachmentId, Hold, NamespaceId, NodeId, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Hold, Holder, NamespaceId, NodeId, Place, RequestId, TenantId};
 use crate::transfer::lanes::Lane;
 use crate::verb::{AcquireEnd, Acquired, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, Request, Verb};
 
@@ -46,7 +47,7 @@ impl Core {
         if !self.pending.has_room() {
             return Some(self.busy());
         }
-        let mut wait = AcquireWait { blocks: Vec::new(), end: None, loading: 0 };
+        let mut wait = AcquireWait { holder: under.holder, blocks: Vec::new(), end: None, loading: 0 };
         let mut used = Vec::new();
         let mut bytes_left = bytes_max;
         let block_bytes = under.layout.block_bytes();
@@ -59,7 +60,7 @@ impl Core {
                 wait.end = Some(AcquireEnd::Miss);
                 break;
             };
-            match self.acquire_block(node, id, wait.blocks.len()) {
+            match self.acquire_block(node, id, wait.blocks.len(), under.holder) {
                 Ok(block) => {
                     wait.loading += usize::from(matches!(block, AcquireBlock::Loading));
                     wait.blocks.push(block);
@@ -89,9 +90,15 @@ impl Core {
         None
     }
 
-    fn acquire_block(&mut self, node: NodeId, id: RequestId, at: usize) -> Result<AcquireBlock, AcquireEnd> {
+    fn acquire_block(
+        &mut self,
+        node: NodeId,
+        id: RequestId,
+        at: usize,
+        holder: Holder,
+    ) -> Result<AcquireBlock, AcquireEnd> {
         if self.index.node(node).copy(Place::Host).is_some() {
-            return Ok(AcquireBlock::Leased(self.lease(node, Place::Host)));
+            return self.lease(node, Place::Host, holder).map(AcquireBlock::Leased).ok_or(AcquireEnd::Shed);
         }
         if !self.disk_usable() {
             return Err(AcquireEnd::Miss);
@@ -102,28 +109,32 @@ impl Core {
         }
     }
 
-    /// Leases a block that is in host memory.
-    pub(super) fn lease(&mut self, node: NodeId, found: Place) -> Leased {
+    /// Leases a block that is in host memory; `None` when there are too many leases.
+    pub(super) fn lease(&mut self, node: NodeId, found: Place, holder: Holder) -> Option<Leased> {
         let first = self.index.node(node).copy(Place::Host).expect("a block is leased where it is");
         let layout = self.layout(node).expect("a block is leased under an attachment, which has a layout");
         let slots: Vec<_> = self.host.tier.slab.chain(first).collect();
+        if !self.grants.has_room(slots.len()) {
+            return None;
+        }
         let parts = slots.into_iter().map(|slot| {
             self.leased_slots += 1;
             self.read(Place::Host, slot);
+            let grant = Grant { slot, right: Right::Lease, holder };
+            let hold = self.grants.grant(grant).expect("there is room for all");
             let extent = self.host.extent(slot);
             let record = self.host.tier.slab.slot(slot);
             let shard = shard_of(record.shard_index, record.shard_count);
-            let hold = Hold { slot, generation: record.generation };
             let payload_bytes = layout.shard_bytes(shard.count) as u32;
             LeasedPart { hold, extent, payload_bytes, shard, root: record.root }
         });
-        Leased { place: found, parts: parts.collect() }
+        Some(Leased { place: found, parts: parts.collect() })
     }
 
-    pub(super) fn release(&mut self, holds: &[Hold]) {
+    pub(super) fn release(&mut self, by: By, holds: &[Hold]) {
         // From the end of the run, so that each block finds those after it idle again, and is no leaf in between.
-        for &Hold { slot, generation } in holds.iter().rev() {
-            if self.host.tier.slab.standing(slot, generation).is_some_and(|record| record.readers > 0) {
+        for &hold in holds.iter().rev() {
+            if let Some(Grant { slot, .. }) = self.grants.end(hold, Right::Lease, by) {
                 self.leased_slots -= 1;
                 self.unread(Place::Host, slot);
             }
@@ -139,7 +150,7 @@ impl Core {
                 AcquireBlock::Leased(leased) if open => reply.blocks.push(leased),
                 AcquireBlock::Leased(leased) => {
                     let holds: Vec<Hold> = leased.parts.iter().map(|part| part.hold).collect();
-                    self.release(&holds);
+                    self.release(By::Daemon, &holds);
                 }
                 AcquireBlock::Loading if open => (open, reply.end) = (false, Some(AcquireEnd::Deadline)),
                 AcquireBlock::Failed(end) if open => (open, reply.end) = (false, Some(end)),
@@ -164,13 +175,10 @@ impl Core {
         arrived: Result<NodeId, AcquireEnd>,
         actions: &mut Actions,
     ) {
-        if !matches!(self.pending.get_mut(id), Some(Waiting::Acquire(_))) {
-            return;
-        }
-        let block = match arrived {
-            Ok(node) => AcquireBlock::Leased(self.lease(node, Place::Disk)),
-            Err(end) => AcquireBlock::Failed(end),
-        };
+        let Some(Waiting::Acquire(AcquireWait { holder, .. })) = self.pending.get_mut(id) else { return };
+        let holder = *holder;
+        let leased = arrived.and_then(|node| self.lease(node, Place::Disk, holder).ok_or(AcquireEnd::Shed));
+        let block = leased.map_or_else(AcquireBlock::Failed, AcquireBlock::Leased);
         let Some(Waiting::Acquire(wait)) = self.pending.get_mut(id) else { return };
         wait.blocks[at] = block;
         wait.loading -= 1;

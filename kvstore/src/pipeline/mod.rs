@@ -26,10 +26,11 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use tender_proto::TenantSalt;
 
 use crate::admission::attachments::Attachments;
+use crate::admission::grants::Grants;
 use crate::admission::worth::Worth;
 use crate::completion::{Load, Pending, WriteBack};
 use crate::index::Index;
-use crate::names::{AttachmentId, Hold, NodeId, PageName, RequestId, SlotId, TenantId};
+use crate::names::{AttachmentId, NodeId, PageName, RequestId, SlotId, TenantId};
 use crate::status::Counters;
 use crate::tier::disk::DiskTier;
 use crate::tier::host::HostTier;
@@ -146,6 +147,7 @@ pub struct Core {
     config: CoreConfig,
     now_ms: u64,
     attachments: Attachments,
+    grants: Grants,
     worth: Worth,
     index: Index,
     host: HostTier,
@@ -161,8 +163,9 @@ pub struct Core {
     /// Bytes of write-backs queued or under way.
     writing_bytes: u64,
     pending: Pending,
-    /// Incomplete blocks: when they are given up, the node, and a slot that tells whether it is still the same attempt.
-    partial: VecDeque<(u64, NodeId, Hold)>,
+    /// Incomplete blocks: when they are given up, the node, and a slot with its generation, which tell whether it is still the
+    /// same attempt.
+    partial: VecDeque<(u64, NodeId, SlotId, u32)>,
     /// Segments of the arena to be prepared, and whether they were used before. One at a time.
     to_prepare: VecDeque<(u32, bool)>,
     preparing: bool,
@@ -198,6 +201,7 @@ impl Core {
         Self {
             now_ms: 0,
             attachments: Attachments::new(config.tenants.len()),
+            grants: Grants::default(),
             worth: Worth::new(config.write_bytes_per_day),
             index: Index::new(config.tenants.len(), config.seed),
             host,
@@ -260,13 +264,13 @@ impl Core {
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
             Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }, None),
             Verb::Commit(attachment, filled) => Some(self.commit(tenant, attachment, &filled)),
-            Verb::Abort(holds) => {
-                self.abort(&holds);
+            Verb::Abort(by, holds) => {
+                self.abort(by, &holds);
                 Some(Reply::Done)
             }
             Verb::Acquire { .. } => self.acquire(Request { id, tenant, deadline_ms, verb }, None),
-            Verb::Release(holds) => {
-                self.release(&holds);
+            Verb::Release(by, holds) => {
+                self.release(by, &holds);
                 Some(Reply::Done)
             }
             Verb::Prefetch(attachment, keys) => self.prefetch(id, tenant, deadline_ms, attachment, keys, actions),

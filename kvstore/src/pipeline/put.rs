@@ -5,8 +5,9 @@ use tender_proto::{BlockKey, Shard, sum};
 use super::Core;
 use super::attach::Under;
 use super::room::NoSlot;
+use crate::admission::grants::{Grant, Right};
 use crate::completion::Patience;
-use crate::names::{AttachmentId, Hold, NodeId, Place, SlotId, TenantId};
+use crate::names::{AttachmentId, By, Hold, NodeId, Place, SlotId, TenantId};
 use crate::tier;
 use crate::tier::slab::{Owner, SlotState};
 use crate::verb::{CommitOutcome, Filled, Reply, Request, ReserveOutcome, Verb};
@@ -28,7 +29,7 @@ impl Core {
         let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
         let wait = is_short && self.memory_is_coming() || got_nothing && self.room_is_coming();
         if may_wait && wait {
-            self.abort(&granted(&outcomes));
+            self.abort(By::Daemon, &granted(&outcomes));
             if !self.pending.has_room() {
                 return Some(self.busy());
             }
@@ -101,7 +102,7 @@ impl Core {
         let filling = self.index.node(node).filling;
         let slab = &self.host.tier.slab;
         if let Some(first) = (filling != SlotId::NONE).then(|| slab.slot(filling)) {
-            if first.holder != under.group || u16::from(first.shard_count) != shard.count {
+            if first.holder != under.holder.group || u16::from(first.shard_count) != shard.count {
                 return ReserveOutcome::BeingWritten;
             }
             let mut chain = slab.chain(filling).map(|slot| slab.slot(slot));
@@ -115,14 +116,18 @@ impl Core {
             return ReserveOutcome::NoRoom;
         }
         let place = (shard.index as u8, shard.count as u8);
-        match self.allocate(Place::Host, owner, node, under.group, place) {
+        let granted = match self.grants.has_room(1) {
+            true => self.allocate(Place::Host, owner, node, under.holder.group, place),
+            false => Err(NoSlot::Room),
+        };
+        match granted {
             Ok(slot) => {
                 self.reserved_slots += 1;
                 self.host.tier.slab.slot_mut(slot).next = self.index.node(node).filling;
                 self.index.set_filling(node, slot);
-                let generation = self.host.tier.slab.slot(slot).generation;
-                let extent = self.host.extent(slot);
-                ReserveOutcome::Granted { hold: Hold { slot, generation }, extent }
+                let grant = Grant { slot, right: Right::Reservation, holder: under.holder };
+                let hold = self.grants.grant(grant).expect("there is room for one");
+                ReserveOutcome::Granted { hold, extent: self.host.extent(slot) }
             }
             Err(refused) => {
                 self.index.forget_if_unused(node);
@@ -135,25 +140,25 @@ impl Core {
     }
 
     pub(super) fn commit(&mut self, tenant: TenantId, attachment: AttachmentId, filled: &[Filled]) -> Reply {
-        let Some(under) = self.under(tenant, attachment) else {
-            // The group has left: nobody vouches for what was written.
-            self.abort(&filled.iter().map(|filled| filled.hold).collect::<Vec<_>>());
-            return Self::unattached(attachment);
-        };
+        // A group that has left vouches for nothing: whoever held the slots for it gives them back.
+        let Some(under) = self.under(tenant, attachment) else { return Self::unattached(attachment) };
         Reply::Committed(filled.iter().map(|filled| self.commit_slot(under, filled)).collect())
     }
 
     fn commit_slot(&mut self, under: Under, filled: &Filled) -> CommitOutcome {
-        let Hold { slot, generation } = filled.hold;
-        let slab = &self.host.tier.slab;
-        let standing = slab.standing(slot, generation);
-        let Some(record) = standing.filter(|record| record.state == SlotState::Filling) else {
+        let by = By::Group(under.holder.group);
+        let Some(Grant { slot, .. }) =
+            self.grants.get(filled.hold, by).filter(|grant| grant.right == Right::Reservation)
+        else {
             return CommitOutcome::Gone;
         };
-        if record.doomed || record.holder != under.group {
-            self.abort(&[filled.hold]);
+        let record = *self.host.tier.slab.slot(slot);
+        let payload_bytes = under.layout.shard_bytes(record.shard_count.into()) as usize;
+        if record.doomed || filled.sums.len() != sum::fragment_count(payload_bytes) {
+            self.abort(by, &[filled.hold]);
             return CommitOutcome::Gone;
         }
+        self.grants.end(filled.hold, Right::Reservation, by);
         let (node, shard) = (record.node, shard_of(record.shard_index, record.shard_count));
         let seed = sum::seed(&self.index.node(node).key, shard, under.fingerprint);
         self.host.set_sums(slot, &filled.sums);
@@ -164,7 +169,8 @@ impl Core {
         self.counters.put_blocks += 1;
         self.counters.put_bytes += u64::from(self.host.tier.slab.slot_bytes(slot));
         if !self.publish_if_whole(node) {
-            self.partial.push_back((self.now_ms + PARTIAL_MS, node, filled.hold));
+            let generation = self.host.tier.slab.slot(slot).generation;
+            self.partial.push_back((self.now_ms + PARTIAL_MS, node, slot, generation));
             return CommitOutcome::ShardStored;
         }
         CommitOutcome::Stored
@@ -193,12 +199,10 @@ impl Core {
         true
     }
 
-    pub(super) fn abort(&mut self, holds: &[Hold]) {
-        for &Hold { slot, generation } in holds {
-            let Some(record) = self.host.tier.slab.standing(slot, generation) else { continue };
-            if record.state != SlotState::Filling {
-                continue;
-            }
+    pub(super) fn abort(&mut self, by: By, holds: &[Hold]) {
+        for &hold in holds {
+            let Some(Grant { slot, .. }) = self.grants.end(hold, Right::Reservation, by) else { continue };
+            let record = self.host.tier.slab.slot(slot);
             let (node, doomed) = (record.node, record.doomed);
             self.reserved_slots -= 1;
             if !doomed {
@@ -236,13 +240,13 @@ impl Core {
     }
 
     pub(super) fn give_up_partial(&mut self) {
-        while let Some(&(deadline_ms, node, Hold { slot, generation })) = self.partial.front() {
+        while let Some(&(deadline_ms, node, slot, generation)) = self.partial.front() {
             if deadline_ms > self.now_ms {
                 return;
             }
             self.partial.pop_front();
             // A shard that came later counts for its whole block.
-            if self.partial.iter().any(|(_, later, _)| *later == node) {
+            if self.partial.iter().any(|(_, later, ..)| *later == node) {
                 continue;
             }
             let slab = &self.host.tier.slab;

@@ -3,6 +3,7 @@
 use tender_proto::BlockLayout;
 
 use super::Core;
+use crate::admission::grants::Right;
 use crate::completion::Waiting;
 use crate::limits;
 use crate::names::{AttachmentId, NodeId, Place, RequestId, TenantId};
@@ -133,6 +134,9 @@ impl Core {
 
     /// Every invariant that can be checked from outside a step, for tests.
     pub fn check(&self) {
+        let granted = |right| self.grants.all().filter(|(_, grant)| grant.right == right).count() as u64;
+        let (leases, reservations) = (granted(Right::Lease), granted(Right::Reservation));
+        assert_eq!((leases, reservations), (self.leased_slots, self.reserved_slots), "each hold is counted once");
         self.index.check(|place, slot| self.slab(place).shelf_of(slot));
         for place in [Place::Host, Place::Disk] {
             if place == Place::Disk && self.disk.is_none() {

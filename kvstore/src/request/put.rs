@@ -171,7 +171,9 @@ impl BlocksServer {
             other => return Err(Status::internal(format!("the core did not answer the commit: {other:?}"))),
         };
         if let Some(held) = &mut held {
-            held.undo.forget(&holds);
+            // What did not become of the group's own is given back like what was not filled.
+            let ended = holds.into_iter().zip(&committed).filter(|(_, outcome)| **outcome != CommitOutcome::Gone);
+            held.undo.forget(&ended.map(|(hold, _)| hold).collect::<Vec<_>>());
         }
         for (place, outcome) in places.into_iter().zip(committed) {
             outcomes[place] = match outcome {

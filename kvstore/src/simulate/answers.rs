@@ -34,7 +34,11 @@ impl World {
             (Question::Reserve { group, version, at, shard }, Reply::Reserved(outcomes)) => {
                 self.reserved(group, version, &at, shard, &outcomes);
             }
-            (Question::Commit { puts }, Reply::Committed(outcomes)) => self.committed(&puts, &outcomes),
+            (Question::Commit { puts }, Reply::Committed(outcomes)) => {
+                self.committed(&puts, &outcomes);
+                self.give_back(asked.tenant, &puts);
+            }
+            (Question::Commit { puts }, Reply::Refused(_)) => self.give_back(asked.tenant, &puts),
             (Question::Acquire { space, at }, Reply::Acquired(acquired)) => {
                 self.acquired(asked.tenant, asked.step, space, &at, &acquired);
             }

@@ -9,7 +9,7 @@ use super::random::Random;
 use super::scenario::Space;
 use super::world::{Due, World};
 use crate::device::memory::Extent;
-use crate::names::{AttachmentId, Hold, SlotId, TenantId};
+use crate::names::{AttachmentId, By, GroupId, Hold, TenantId};
 use crate::verb::{AttachVerb, Filled, PurgeWhat, Verb};
 
 /// An engine: one namespace, one number of shards, and as long as it lives one version of everything it writes.
@@ -259,7 +259,7 @@ impl World {
         let holds = puts.iter().map(|put| put.hold).collect();
         let Some(attachment) = member.filter(|_| !self.random.happens(50)) else {
             puts.iter().for_each(|put| self.let_go(put.extent));
-            self.ask(tenant, deadline_ms, Verb::Abort(holds), Question::Any);
+            self.ask(tenant, deadline_ms, Verb::Abort(By::Daemon, holds), Question::Any);
             return;
         };
         let filled = puts.iter().map(|put| {
@@ -268,6 +268,13 @@ impl World {
         });
         let filled = filled.collect();
         self.ask(tenant, deadline_ms, Verb::Commit(attachment, filled), Question::Commit { puts });
+    }
+
+    /// Whatever a commit did not take is given back, as the daemon does for its streams.
+    pub(super) fn give_back(&mut self, tenant: TenantId, puts: &[Put]) {
+        let holds = puts.iter().map(|put| put.hold).collect();
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, Verb::Abort(By::Daemon, holds), Question::Any);
     }
 
     fn get(&mut self, group: usize) {
@@ -302,7 +309,12 @@ impl World {
         }
         let holds = leases.iter().map(|lease| lease.hold).collect();
         let deadline_ms = self.deadline_ms();
-        self.ask(leases[0].tenant, deadline_ms, Verb::Release(holds), Question::Any);
+        let twice = self.random.happens(30);
+        let verb = Verb::Release(By::Daemon, holds);
+        if twice {
+            self.ask(leases[0].tenant, deadline_ms, verb.clone(), Question::Any);
+        }
+        self.ask(leases[0].tenant, deadline_ms, verb, Question::Any);
     }
 
     fn prefetch(&mut self, group: usize) {
@@ -345,15 +357,16 @@ impl World {
         let (tenant, attachment) = self.member(group);
         let space = self.groups[group].space;
         let root = self.scenario.spaces[space].root;
-        let slot = SlotId::new(self.random.below(40) as u32, self.random.below(300) as u32);
-        let hold = Hold { slot, generation: u32::MAX - self.random.below(9) as u32 };
+        // Somebody else's, if it is anybody's.
+        let hold = Hold { place: self.random.below(40) as u32, generation: self.random.below(9) as u32 };
+        let stranger = By::Group(GroupId(u32::MAX));
         let [one, other] = [1, 2].map(|byte| BlockKey::from_bytes([byte; 32]));
         let shard = Shard { index: 0, count: 1 };
         let reserve = |parent, key| Verb::Reserve { attachment, parent, keys: vec![key], shard, bytes_max: 0 };
         let verb = match self.random.below(8) {
             0 => Verb::Lookup(AttachmentId(u64::MAX), vec![root]),
-            1 => Verb::Release(vec![hold]),
-            2 => Verb::Abort(vec![hold]),
+            1 => Verb::Release(stranger, vec![hold]),
+            2 => Verb::Abort(stranger, vec![hold]),
             3 => Verb::Commit(attachment, vec![Filled { hold, sums: vec![sum::GOLDEN] }]),
             4 => Verb::Acquire { attachment, keys: Vec::new(), bytes_max: 0 },
             5 => Verb::Reserve { attachment, parent: root, keys: vec![root], shard, bytes_max: u64::MAX },
