@@ -3,18 +3,30 @@
 //! Who may touch which bytes is decided by the core alone: an extent is written only by the holder of its reservation (a put, or a load
 //! from disk) and read only while leased or in write-back. This file moves bytes and knows nothing of that; it hands out no reference
 //! into the arena that outlives a call.
+//!
+//! ```text
+//! segment  0 … segment_count - 1      the daemon's: anonymous memory, or pieces of a `SharedFile` that clients map for reading
+//!          … + ingest_count - 1       ingest places, empty until a piece of a client's `IngestFile` is installed
+//! ```
+//! A client may write to its ingest memory at any moment, so nothing is decided by bytes that are still there: they are copied, each read
+//! once, and what is summed is the copy. No device gets their address, and the daemon maps them for reading only.
 
 #![expect(unsafe_code, reason = "moves bytes between slices and memory that other threads and the kernel use too")]
 
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::{ptr, slice};
 
 use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 use rustix::io::Errno;
-use tender_proto::sum::{FRAGMENT_BYTES, fragment_sum};
+use tender_proto::sum::{FRAGMENT_BYTES, copy_changing, copy_with_sums, fragment_sum};
 
 use super::block::PAGE_BYTES;
+use super::ingest::IngestFile;
+use super::shared::SharedFile;
 
 /// Most bytes of one segment: the most that one io_uring buffer may have, and less than what an extent's `u32` can say.
 pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
@@ -64,24 +76,43 @@ pub struct Prepared {
 pub struct Arena {
     segment_bytes: u64,
     segments: Vec<MmapRaw>,
+    ingest: Vec<RwLock<Option<Arc<MmapRaw>>>>,
     huge_pages_allowed: bool,
 }
 
 impl Arena {
-    /// Reserves addresses and nothing else: however large, it takes no memory and no time until segments are prepared.
+    /// Reserves addresses and nothing else: however large, it takes no memory and no time until segments are prepared. No client can map
+    /// it, and it ends with this process.
     pub fn new(segment_bytes: u64, segment_count: u32) -> io::Result<Self> {
-        if segment_bytes == 0 || segment_bytes > SEGMENT_BYTES_MAX || !segment_bytes.is_multiple_of(PAGE_BYTES) {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!(
-                    "a segment of {segment_bytes} bytes cannot be had: choose a multiple of {PAGE_BYTES} up to {SEGMENT_BYTES_MAX}"
-                ),
-            ));
-        }
+        segment_bytes_check(segment_bytes)?;
         let segments = (0..segment_count)
             .map(|_| MmapOptions::new().len(segment_bytes as usize).no_reserve_swap().map_anon().map(MmapRaw::from))
             .collect::<io::Result<Vec<_>>>()?;
-        Ok(Self { segment_bytes, segments, huge_pages_allowed: huge_pages_allowed() })
+        Ok(Self { segment_bytes, segments, ingest: Vec::new(), huge_pages_allowed: huge_pages_allowed() })
+    }
+
+    /// Maps segments of a shared file, one behind the other from its start, with whatever it holds; and makes `ingest_count` empty places
+    /// behind them. Takes no memory and no time until segments are prepared.
+    ///
+    /// `InvalidInput` if the file is too small.
+    pub fn on(shared: &SharedFile, segment_bytes: u64, segment_count: u32, ingest_count: u32) -> io::Result<Self> {
+        segment_bytes_check(segment_bytes)?;
+        let (wanted_bytes, file_bytes) = (segment_bytes * u64::from(segment_count), shared.bytes());
+        if wanted_bytes > file_bytes || segment_count.checked_add(ingest_count).is_none() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{segment_count} segments of {segment_bytes} bytes do not fit into a shared file of {file_bytes} bytes: make one of \
+                     {wanted_bytes}"
+                ),
+            ));
+        }
+        let file = shared.writable().as_raw_fd();
+        let segments = (0..u64::from(segment_count))
+            .map(|i| MmapOptions::new().offset(i * segment_bytes).len(segment_bytes as usize).map_raw(file))
+            .collect::<io::Result<Vec<_>>>()?;
+        let ingest = (0..ingest_count).map(|_| RwLock::default()).collect();
+        Ok(Self { segment_bytes, segments, ingest, huge_pages_allowed: shared.huge_pages_allowed() })
     }
 
     /// Bytes of each segment.
@@ -89,22 +120,33 @@ impl Arena {
         self.segment_bytes
     }
 
-    /// Number of segments.
+    /// Number of the daemon's segments, which have the lowest numbers.
     pub fn segment_count(&self) -> u32 {
         self.segments.len() as u32
     }
 
-    /// Makes a fresh segment fit for use: huge pages and no inheritance by forked children where the system knows them, pages made now
-    /// rather than at first use, locked where allowed. Takes seconds per GiB; contents are zero afterwards. Once per segment, before
-    /// anybody uses it.
+    /// Number of ingest places, which have the numbers behind.
+    pub fn ingest_count(&self) -> u32 {
+        self.ingest.len() as u32
+    }
+
+    /// Whether a segment's number is that of an ingest place.
+    pub fn is_ingest(&self, segment: u32) -> bool {
+        (self.segment_count()..self.segment_count() + self.ingest_count()).contains(&segment)
+    }
+
+    /// Makes a segment fit for use: huge pages and no inheritance by forked children where the system knows them, pages made now rather
+    /// than at first use, locked where allowed. Takes seconds per GiB. What it holds it keeps, and a fresh one holds zeros. Once per
+    /// segment, before anybody here uses it.
+    ///
+    /// # Panics
+    /// For an ingest place, as do all but [`Arena::read`], [`Arena::fragment_sums`] and [`Arena::promote`].
     pub fn prepare(&self, segment: u32) -> Prepared {
         let memory = self.segment(segment);
         let huge_pages =
             self.huge_pages_allowed && self.segment_bytes >= HUGE_PAGE_BYTES && memory.advise(Advice::HugePage).is_ok();
-        if let Err(error) = memory.advise(Advice::DontFork) {
-            tracing::warn!(segment, %error, "a forked child would inherit payload memory: the system refuses MADV_DONTFORK");
-        }
-        let populated = populate(memory);
+        not_for_children(memory, segment);
+        let populated = populate(memory, Advice::PopulateWrite);
         if let Err(error) = &populated {
             tracing::warn!(
                 segment,
@@ -115,6 +157,42 @@ impl Arena {
         // Locking makes the pages as well: where that just failed it would fail again, or have the process killed.
         let locked = populated.is_ok() && memory.lock().is_ok();
         Prepared { populated: populated.is_ok(), locked, huge_pages }
+    }
+
+    /// Puts a piece of a client's file (whole pages, at most a segment) into an empty ingest place. The file must be closed for writers.
+    /// Takes seconds per GiB: all its pages are made, so that a later read cannot fail, and cannot kill this process, for lack of memory.
+    ///
+    /// Errors: `InvalidInput` for a file that is still open for writers or a piece that leaves it or is larger than a segment; what the
+    /// system says when it has no memory.
+    ///
+    /// # Panics
+    /// When the place is not empty, or is none.
+    pub fn install(&self, segment: u32, file: &IngestFile, offset: u64, bytes: u64) -> io::Result<Prepared> {
+        let place = self.ingest_place(segment);
+        let segment_bytes = self.segment_bytes;
+        if bytes > segment_bytes {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("a piece of {bytes} bytes does not fit into a segment of {segment_bytes}: divide it"),
+            ));
+        }
+        let memory = file.map(offset, bytes as usize)?;
+        not_for_children(&memory, segment);
+        populate(&memory, Advice::PopulateRead)?;
+        let locked = memory.lock().is_ok();
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        assert!(place.is_none(), "ingest place {segment} is not empty");
+        *place = Some(Arc::new(memory));
+        Ok(Prepared { populated: true, locked, huge_pages: false })
+    }
+
+    /// Empties an ingest place; whether there was something in it. A copy that has begun goes on to its end: the last to end unmaps, which
+    /// takes milliseconds per GiB.
+    ///
+    /// # Panics
+    /// When it is no ingest place.
+    pub fn take_out(&self, segment: u32) -> bool {
+        self.ingest_place(segment).write().unwrap_or_else(PoisonError::into_inner).take().is_some()
     }
 
     /// Overwrites a whole segment with zeros: it changes its owner, who must not see what it held.
@@ -141,16 +219,39 @@ impl Arena {
         unsafe { ptr::write_bytes(to, 0, bytes) }
     }
 
-    /// Copies from `offset` within the extent until `into` is full.
+    /// Copies from `offset` within the extent until `into` is full. Out of ingest memory the copy may be of no single moment.
+    ///
+    /// # Panics
+    /// When the extent is of an empty ingest place.
     pub fn read(&self, extent: Extent, offset: usize, into: &mut [u8]) {
+        if self.is_ingest(extent.segment) {
+            let memory = self.ingest_memory(extent.segment);
+            let from = within(&memory, extent, offset, into.len());
+            // SAFETY: `within` has checked that all of it lies in a mapping that is live as long as `memory`; nobody in this process can
+            // write there; `into` cannot overlap it since no reference into the arena exists outside of this file.
+            return unsafe { copy_changing(from, into.as_mut_ptr(), into.len()) };
+        }
         let from = self.within(extent, offset, into.len());
         // SAFETY: `within` has checked that all of it lies in a live mapping; the caller holds a lease on the extent, so nobody writes
         // it; `into` cannot overlap it since no reference into the arena exists outside of this file.
         unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
-    /// Sums of the fragments of the extent's first `payload_bytes`, taken in place.
+    /// Sums of the fragments of the extent's first `payload_bytes`; taken in place, or over a copy of ingest memory, of which they say
+    /// nothing a moment later.
+    ///
+    /// # Panics
+    /// When the extent is of an empty ingest place.
     pub fn fragment_sums(&self, extent: Extent, payload_bytes: usize) -> Vec<u64> {
+        if self.is_ingest(extent.segment) {
+            let mut fragment = vec![0; FRAGMENT_BYTES.min(payload_bytes)];
+            let sum_at = |offset: usize| {
+                let fragment = &mut fragment[..FRAGMENT_BYTES.min(payload_bytes - offset)];
+                self.read(extent, offset, fragment);
+                fragment_sum(fragment)
+            };
+            return (0..payload_bytes).step_by(FRAGMENT_BYTES).map(sum_at).collect();
+        }
         let from = self.within(extent, 0, payload_bytes);
         // SAFETY: `within` has checked that all of it lies in a live mapping; the caller holds the extent's reservation or a lease on it,
         // so nobody writes it; the slice does not outlive this call.
@@ -158,7 +259,26 @@ impl Arena {
         payload.chunks(FRAGMENT_BYTES).map(fragment_sum).collect()
     }
 
-    /// Where an extent starts, for devices: they may use all of it, from the request that names it to that request's completion.
+    /// Copies the first `payload_bytes` of an extent of ingest memory into one of the daemon's, whose rest becomes zeros. Returns the sums
+    /// of the fragments of what was copied, whatever the client writes meanwhile: whether those are the sums expected decides whether the
+    /// copy is right.
+    ///
+    /// # Panics
+    /// When `from` is none of ingest memory, or its place is empty.
+    pub fn promote(&self, from: Extent, to: Extent, payload_bytes: usize) -> Vec<u64> {
+        let memory = self.ingest_memory(from.segment);
+        let source = within(&memory, from, 0, payload_bytes);
+        let target = self.within(to, 0, payload_bytes);
+        // SAFETY: `within` has checked that all of both lies in mappings, of which the first is live as long as `memory`, the other as long
+        // as the arena. Nobody in this process can write to the first; the caller holds the reservation of the other, so nobody else reads
+        // or writes it. They are mappings of different files and cannot overlap.
+        let sums = unsafe { copy_with_sums(source, target, payload_bytes) };
+        self.zero_from(to, payload_bytes);
+        sums
+    }
+
+    /// Where an extent starts, for devices: they may use all of it, from the request that names it to that request's completion. Never of
+    /// ingest memory: what a client can change meanwhile is neither written to a disk nor read into.
     pub(super) fn pointer(&self, extent: Extent) -> *mut u8 {
         self.within(extent, 0, extent.bytes as usize)
     }
@@ -169,33 +289,73 @@ impl Arena {
         (memory.as_mut_ptr(), memory.len())
     }
 
+    /// A segment of the daemon's.
     fn segment(&self, segment: u32) -> &MmapRaw {
+        assert!(
+            !self.is_ingest(segment),
+            "segment {segment} is ingest memory: it belongs to a client, and the daemon only copies from it"
+        );
         let count = self.segments.len();
         self.segments.get(segment as usize).unwrap_or_else(|| panic!("segment {segment} of an arena of {count}"))
     }
 
-    /// Start of `bytes` at `offset` in `extent`, all of which lies within the segment; else an invariant is broken.
+    fn ingest_place(&self, segment: u32) -> &RwLock<Option<Arc<MmapRaw>>> {
+        let place = segment.checked_sub(self.segment_count()).and_then(|index| self.ingest.get(index as usize));
+        place.unwrap_or_else(|| panic!("segment {segment} is no ingest place"))
+    }
+
+    /// What lies in an ingest place, mapped at least as long as this is held.
+    fn ingest_memory(&self, segment: u32) -> Arc<MmapRaw> {
+        let place = self.ingest_place(segment).read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(place.as_ref().unwrap_or_else(|| panic!("ingest place {segment} is empty")))
+    }
+
+    /// Start of `bytes` at `offset` in `extent`, all of which lies within a segment of the daemon's; else an invariant is broken.
     fn within(&self, extent: Extent, offset: usize, bytes: usize) -> *mut u8 {
-        let (start, segment_bytes) = self.segment_pointer(extent.segment);
-        assert!(
-            extent.offset as usize + extent.bytes as usize <= segment_bytes,
-            "{extent:?} leaves its segment of {segment_bytes} bytes"
-        );
-        assert!(
-            offset.checked_add(bytes).is_some_and(|end| end <= extent.bytes as usize),
-            "{bytes} bytes at {offset} leave {extent:?}"
-        );
-        // SAFETY: the sum is at most the mapping's length, as was just asserted.
-        unsafe { start.add(extent.offset as usize + offset) }
+        within(self.segment(extent.segment), extent, offset, bytes)
     }
 }
 
-/// Makes all pages of a fresh mapping.
-fn populate(memory: &MmapRaw) -> io::Result<()> {
+/// Start of `bytes` at `offset` in `extent`, all of which lies within the segment; else an invariant is broken.
+fn within(segment: &MmapRaw, extent: Extent, offset: usize, bytes: usize) -> *mut u8 {
+    let segment_bytes = segment.len();
+    assert!(
+        extent.offset as usize + extent.bytes as usize <= segment_bytes,
+        "{extent:?} leaves its segment of {segment_bytes} bytes"
+    );
+    assert!(
+        offset.checked_add(bytes).is_some_and(|end| end <= extent.bytes as usize),
+        "{bytes} bytes at {offset} leave {extent:?}"
+    );
+    // SAFETY: the sum is at most the mapping's length, as was just asserted.
+    unsafe { segment.as_mut_ptr().add(extent.offset as usize + offset) }
+}
+
+fn segment_bytes_check(segment_bytes: u64) -> io::Result<()> {
+    if segment_bytes > 0 && segment_bytes <= SEGMENT_BYTES_MAX && segment_bytes.is_multiple_of(PAGE_BYTES) {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!(
+            "a segment of {segment_bytes} bytes cannot be had: choose a multiple of {PAGE_BYTES} up to {SEGMENT_BYTES_MAX}"
+        ),
+    ))
+}
+
+/// Keeps memory from children that this process forks: they would hold it, and be able to write it, for as long as they live.
+fn not_for_children(memory: &MmapRaw, segment: u32) {
+    if let Err(error) = memory.advise(Advice::DontFork) {
+        tracing::warn!(segment, %error, "a forked child would inherit payload memory: the system refuses MADV_DONTFORK");
+    }
+}
+
+/// Makes all pages of a mapping, for reading or for writing.
+fn populate(memory: &MmapRaw, advice: Advice) -> io::Result<()> {
     for start in (0..memory.len()).step_by(POPULATE_BYTES) {
         let bytes = POPULATE_BYTES.min(memory.len() - start);
         let refused = loop {
-            match memory.advise_range(Advice::PopulateWrite, start, bytes) {
+            match memory.advise_range(advice, start, bytes) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 result => break result.err(),
             }
@@ -203,22 +363,29 @@ fn populate(memory: &MmapRaw) -> io::Result<()> {
         match refused {
             None => {}
             // Kernels before 5.14 do not know the advice.
-            Some(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => touch(memory, start, bytes),
+            Some(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                touch(memory, start, bytes, matches!(advice, Advice::PopulateWrite));
+            }
             Some(error) => return Err(error),
         }
     }
     Ok(())
 }
 
-/// Makes pages by writing to each. Only of a fresh mapping: the byte written is the zero that is there.
-fn touch(memory: &MmapRaw, start: usize, bytes: usize) {
+/// Makes pages by reading each, or by writing to each the byte that is there: unless it changes at this very moment, since a request of
+/// a former process may still be on its way into a segment that was that one's too.
+fn touch(memory: &MmapRaw, start: usize, bytes: usize, for_writing: bool) {
     for offset in (start..start + bytes).step_by(PAGE_BYTES as usize) {
-        // SAFETY: within the mapping; nobody uses a segment that is being prepared.
-        unsafe { memory.as_mut_ptr().add(offset).write_volatile(0) }
+        // SAFETY: within the mapping, which is writable if it is to be written to; what others do there at the same time is atomic for bytes.
+        let place = unsafe { &*memory.as_ptr().add(offset).cast::<AtomicU8>() };
+        let byte = place.load(Ordering::Relaxed);
+        if for_writing {
+            let _ = place.compare_exchange(byte, byte, Ordering::Relaxed, Ordering::Relaxed);
+        }
     }
 }
 
-/// Whether transparent huge pages are given to who asks. The advice itself succeeds even where they are switched off.
+/// Whether transparent huge pages of private memory are given to who asks. The advice itself succeeds even where they are switched off.
 fn huge_pages_allowed() -> bool {
     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|text| !text.contains("[never]"))
 }

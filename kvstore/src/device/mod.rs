@@ -1,4 +1,15 @@
-//! The floor: hardware behind small traits, and the only place of this crate that may say `unsafe`.
+//! The floor: hardware and kernel behind small interfaces, and the only place of this crate that may say `unsafe`.
+//!
+//! Memory by who writes it: [`shared`] (the daemon; clients map it for reading), [`ingest`] (one client; the daemon only reads),
+//! [`table`] (the daemon; nobody else maps it). [`memory`] is the arena over the first two, [`descriptors`] how their files are handed on.
 
 pub mod block;
+pub mod descriptors;
+pub mod ingest;
+mod memfd;
 pub mod memory;
+pub mod shared;
+pub mod table;
+
+#[cfg(test)]
+mod tests;

@@ -83,7 +83,7 @@ fn all_lanes_sum_alike() {
     // What the processor has is taken; this is what it would be without.
     for length in (0..2000).step_by(7).chain([FRAGMENT_BYTES]) {
         let bytes = random(3, length);
-        assert_eq!(accumulate(&bytes), accumulate_lanes(&bytes), "{length} bytes");
+        assert_eq!(accumulate(&bytes, 5), accumulate_lanes(&bytes, 5), "{length} bytes");
     }
 }
 
@@ -108,6 +108,62 @@ fn every_length_of_zeros_has_a_root_of_its_own() {
     roots.sort_unstable();
     roots.dedup();
     assert_eq!(roots.len(), count);
+}
+
+/// Copies with sums, from an address `skip` bytes behind an aligned one.
+#[expect(unsafe_code, reason = "calls what is tested")]
+fn copied(bytes: &[u8], skip: usize) -> (Vec<u8>, Vec<u64>) {
+    let mut from = vec![0u64; bytes.len() / 8 + 3];
+    let mut copy = vec![0xee; bytes.len() + 16];
+    // SAFETY: `from` has room for `skip`, at most 15 bytes, and the bytes behind; `copy` for the bytes and eight on either side.
+    let sums = unsafe {
+        let from = from.as_mut_ptr().cast::<u8>().add(skip);
+        ptr::copy_nonoverlapping(bytes.as_ptr(), from, bytes.len());
+        copy_with_sums(from, copy.as_mut_ptr().add(8), bytes.len())
+    };
+    assert!(copy[..8].iter().chain(&copy[8 + bytes.len()..]).all(|&byte| byte == 0xee), "bytes around it were touched");
+    (copy[8..8 + bytes.len()].to_vec(), sums)
+}
+
+#[test]
+fn a_copy_with_sums_is_the_copy_and_the_sums() {
+    let lengths = (0..=300).chain([4095, 4096, 4097, FRAGMENT_BYTES - 1, FRAGMENT_BYTES, FRAGMENT_BYTES + 9, 200_000]);
+    for (length, skip) in lengths.zip((0..8).cycle()) {
+        let bytes = random(8, length);
+        let (copy, sums) = copied(&bytes, skip);
+        assert_eq!(copy, bytes, "{length} bytes");
+        assert_eq!(sums, fragment_sums(&bytes), "{length} bytes");
+    }
+}
+
+/// Two whole fragments and a part, all of whose words another thread turns over again and again.
+#[test]
+#[expect(unsafe_code, reason = "calls what is tested")]
+fn sums_are_those_of_the_copy_whoever_writes_meanwhile() {
+    const CHANGES: usize = 500;
+    let words: Vec<AtomicU64> = (0..20_000).map(AtomicU64::new).collect();
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    let patience = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let mut copy = vec![0u8; words.len() * 8];
+    let (mut seen, mut changes) = (Vec::new(), 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                words.iter().for_each(|word| word.store(!word.load(Ordering::Relaxed), Ordering::Relaxed));
+            }
+        });
+        while changes < CHANGES && std::time::Instant::now() < patience {
+            // SAFETY: both have that many bytes, and the other thread writes by atomic operations.
+            let sums = unsafe { copy_with_sums(words.as_ptr().cast(), copy.as_mut_ptr(), copy.len()) };
+            if sums != fragment_sums(&copy) {
+                break;
+            }
+            changes += usize::from(seen != sums);
+            seen = sums;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(changes, CHANGES, "the sums are not those of the copy, or nobody wrote meanwhile");
 }
 
 #[test]

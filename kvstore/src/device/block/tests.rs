@@ -11,6 +11,8 @@ use rustix::io::Errno;
 use super::probe::probe_depth;
 use super::simulated::{DiskImage, Faults, SimulatedDisk};
 use super::*;
+use crate::device::ingest::IngestFile;
+use crate::device::shared::SharedFile;
 
 /// The file of the suite: so many places, of so many bytes each.
 const PLACES: u64 = 48;
@@ -24,6 +26,14 @@ fn arena() -> Arc<Arena> {
     let arena = Arena::new(FILE_BYTES, 2).expect("addresses");
     arena.prepare(0);
     Arc::new(arena)
+}
+
+/// The same on a file that clients map, with an ingest place behind.
+fn arena_of_clients() -> (SharedFile, Arc<Arena>) {
+    let shared = SharedFile::create(2 * FILE_BYTES).expect("a file");
+    let arena = Arena::on(&shared, FILE_BYTES, 2, 1).expect("addresses");
+    arena.prepare(0);
+    (shared, Arc::new(arena))
 }
 
 /// A piece of one to sixteen pages at each place.
@@ -143,7 +153,7 @@ fn conformance<D: BlockDevice + ?Sized>(device: &mut D, arena: &Arena, mut tick:
 }
 
 fn tier_file(folder: &Path) -> TierFile {
-    TierFile::open(&folder.join("tier"), FILE_BYTES, Duration::ZERO).expect("a file of a few MiB").file
+    TierFile::open(&folder.join("tier"), FILE_BYTES, PATIENCE).expect("a file of a few MiB").file
 }
 
 /// A ring, or none, said aloud, where the system has none to give. Any other failure is one of the code.
@@ -181,6 +191,43 @@ fn a_ring_conforms_on_every_file_system_and_without_o_direct() {
             let Some(mut ring) = ring(&file, &arena) else { return };
             conformance(&mut ring, &arena, |_| ());
             println!("{}: {}", folder.path().display(), ring.describe());
+        }
+    }
+}
+
+#[test]
+fn devices_use_the_memory_that_clients_map() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, (shared, arena)) = (tier_file(folder.path()), arena_of_clients());
+    conformance(&mut Synchronous::new(&file, Arc::clone(&arena), DEPTH).expect("threads"), &arena, |_| ());
+    let Some(mut ring) = ring(&file, &arena) else { return };
+    conformance(&mut ring, &arena, |_| ());
+    println!("{}", ring.describe());
+    assert_eq!(perform(&mut ring, &mut |_| (), vec![write(&arena, 1, 5, 3)]), [Ok(())]);
+    assert_eq!(perform(&mut ring, &mut |_| (), vec![read(&arena, 0, 5)]), [Ok(())]);
+    let mut seen = vec![0; extent(0, 5).bytes as usize];
+    rustix::io::pread(shared.read_only(), &mut seen[..], 5 * PLACE_BYTES).expect("what clients see");
+    assert!(seen == payload(5, 3));
+}
+
+#[test]
+fn no_device_touches_ingest_memory() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, (_shared, arena)) = (tier_file(folder.path()), arena_of_clients());
+    let ingest = IngestFile::create(FILE_BYTES).expect("a file");
+    ingest.close_for_writers().expect("closed");
+    arena.install(2, &ingest, 0, FILE_BYTES).expect("installed");
+    let pool: Box<dyn BlockDevice> = Box::new(Synchronous::new(&file, Arc::clone(&arena), DEPTH).expect("threads"));
+    let ring = ring(&file, &arena).map(|ring| Box::new(ring) as Box<dyn BlockDevice>);
+    for mut device in std::iter::once(pool).chain(ring) {
+        device.segment_ready(2);
+        for operation in
+            [Operation::Read { offset: 0, into: extent(2, 0) }, Operation::Write { offset: 0, from: extent(2, 0) }]
+        {
+            let submit = std::panic::AssertUnwindSafe(|| device.submit(IoRequest { id: 1, operation }));
+            let panic = std::panic::catch_unwind(submit).expect_err("no address");
+            let message = panic.downcast_ref::<String>().expect("a formatted message");
+            assert!(message.contains("segment 2 is ingest memory"), "{message}");
         }
     }
 }

@@ -1,6 +1,15 @@
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::{Duration, Instant};
+
 use proptest::prelude::*;
+use rustix::process::{Resource, Rlimit};
+use tender_proto::sum::fragment_sums;
 
 use super::*;
+use crate::device::tests::{again, copy, is_inherited, role, users};
 
 const MIB: u64 = 1 << 20;
 
@@ -37,13 +46,16 @@ fn a_prepared_segment_is_populated_and_zero() {
 }
 
 #[test]
-fn touching_leaves_zeros_and_spares_what_lies_beyond() {
+fn touching_leaves_everything_as_it_was() {
     let arena = Arena::new(4 * PAGE_BYTES, 1).expect("addresses");
-    let last = extent(0, 3 * PAGE_BYTES, PAGE_BYTES);
-    arena.write(last, 0, &[7]);
-    touch(arena.segment(0), 0, 3 * PAGE_BYTES as usize);
-    assert!(contents(&arena, extent(0, 0, 3 * PAGE_BYTES)).iter().all(|&byte| byte == 0));
-    assert_eq!(contents(&arena, last)[0], 7);
+    let whole = extent(0, 0, 4 * PAGE_BYTES);
+    arena.write(extent(0, PAGE_BYTES, PAGE_BYTES), 0, &[7]);
+    arena.write(extent(0, 3 * PAGE_BYTES, PAGE_BYTES), 0, &[8]);
+    let before = contents(&arena, whole);
+    for for_writing in [false, true] {
+        touch(arena.segment(0), 0, 3 * PAGE_BYTES as usize, for_writing);
+        assert_eq!(contents(&arena, whole), before);
+    }
 }
 
 #[test]
@@ -92,6 +104,263 @@ fn whatever_leaves_its_extent_or_segment_panics_with_both_named() {
         let message = panic.downcast_ref::<String>().expect("a formatted message");
         assert!(message.contains(telling), "{message:?} does not tell {telling:?}");
     }
+}
+
+fn shared(bytes: u64) -> SharedFile {
+    SharedFile::create(bytes).expect("a file")
+}
+
+/// A file that a client has mapped, and its mapping.
+fn ingest(bytes: u64) -> (IngestFile, MmapRaw) {
+    let file = IngestFile::create(bytes).expect("a file");
+    let clients =
+        MmapOptions::new().len(bytes as usize).map_raw(file.descriptor().as_raw_fd()).expect("mapped for writing");
+    file.close_for_writers().expect("closed");
+    (file, clients)
+}
+
+/// A client's memory as words, which it writes while others read.
+fn words(clients: &MmapRaw) -> &[AtomicU64] {
+    // SAFETY: a live mapping of whole pages; all that use it meanwhile do so by atomic operations or through another mapping.
+    unsafe { slice::from_raw_parts(clients.as_ptr().cast(), clients.len() / 8) }
+}
+
+/// An arena of two segments and two ingest places, the first of which holds a file of random words.
+fn arena_with_ingest() -> (Arena, MmapRaw) {
+    let arena = Arena::on(&shared(2 * MIB), MIB, 2, 2).expect("addresses");
+    let (file, clients) = ingest(MIB);
+    for (word, number) in words(&clients).iter().zip(0u64..) {
+        word.store(tender_proto::sum::mix(number), Ordering::Relaxed);
+    }
+    arena.install(2, &file, 0, MIB).expect("installed");
+    (arena, clients)
+}
+
+#[test]
+fn segments_are_pieces_of_the_shared_file_in_their_order() {
+    let file = shared(3 * MIB);
+    let arena = Arena::on(&file, MIB, 3, 0).expect("addresses");
+    for segment in 0..3 {
+        arena.write(extent(segment, PAGE_BYTES, PAGE_BYTES), 0, &[segment as u8 + 1]);
+    }
+    let twin = File::from(copy(file.read_only()));
+    for segment in 0..3u64 {
+        let mut bytes = [0; 2];
+        twin.read_exact_at(&mut bytes, segment * MIB + PAGE_BYTES).expect("what clients see");
+        assert_eq!(bytes, [segment as u8 + 1, 0]);
+    }
+    for (count, ingest_count, telling) in [(4, 0, "make one of 4194304"), (1, u32::MAX, "do not fit")] {
+        let error = Arena::on(&file, MIB, count, ingest_count).expect_err("it does not fit").to_string();
+        assert!(error.contains(telling), "{error}");
+    }
+    let error = Arena::on(&file, MIB + 1, 1, 0).expect_err("no such segment").to_string();
+    assert!(error.contains("choose a multiple of 4096"), "{error}");
+}
+
+#[test]
+fn the_next_worker_finds_and_keeps_what_the_last_one_left() {
+    let file = shared(4 * MIB);
+    let first = Arena::on(&file, 2 * MIB, 2, 0).expect("addresses");
+    let page = extent(1, 5 * PAGE_BYTES, PAGE_BYTES);
+    first.write(page, 0, b"kept");
+    let adopted =
+        SharedFile::adopt(copy(file.writable()), copy(file.read_only()), file.protection()).expect("as it was");
+    drop((first, file));
+    let second = Arena::on(&adopted, 2 * MIB, 2, 0).expect("addresses");
+    let prepared = second.prepare(1);
+    assert!(prepared.populated, "{prepared:?}");
+    assert_eq!(&contents(&second, page)[..4], b"kept");
+    second.zero(1);
+    assert!(contents(&second, extent(1, 0, 2 * MIB)).iter().all(|&byte| byte == 0));
+}
+
+#[test]
+fn forked_children_have_nothing_of_the_arena() {
+    let (arena, _clients) = arena_with_ingest();
+    let private = Arena::new(MIB, 1).expect("addresses");
+    for arena in [&arena, &private] {
+        arena.prepare(0);
+        assert!(!is_inherited(arena.segment_pointer(0).0));
+    }
+    assert!(!is_inherited(arena.ingest_memory(2).as_ptr()));
+    assert!(is_inherited([0].as_ptr()), "the child has the rest");
+}
+
+#[test]
+fn ingest_memory_is_read_and_summed_as_the_client_wrote_it() {
+    let (arena, clients) = arena_with_ingest();
+    let expected: Vec<u8> =
+        words(&clients).iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+    assert!(contents(&arena, extent(2, 0, MIB)) == expected);
+    let piece = extent(2, 3 * PAGE_BYTES, 50 * PAGE_BYTES);
+    let start = piece.offset as usize;
+    for (offset, bytes) in [(0, 1), (1, 100), (4095, 4097), (8, 0), (13, 150_000)] {
+        let mut read = vec![0; bytes];
+        arena.read(piece, offset, &mut read);
+        assert!(read == expected[start + offset..][..bytes], "{bytes} bytes at {offset}");
+    }
+    for bytes in [0, 1, FRAGMENT_BYTES, FRAGMENT_BYTES + 3, 200_000] {
+        assert_eq!(arena.fragment_sums(piece, bytes), fragment_sums(&expected[start..][..bytes]), "{bytes} bytes");
+    }
+}
+
+#[test]
+fn a_promoted_block_is_the_clients_with_zeros_behind() {
+    let (arena, clients) = arena_with_ingest();
+    let expected: Vec<u8> =
+        words(&clients).iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+    for payload_bytes in [1, 4096, 70_000, 200_000] {
+        let slot_bytes = (payload_bytes as u64).next_multiple_of(PAGE_BYTES);
+        let (from, to) = (extent(2, 7 * PAGE_BYTES, slot_bytes), extent(1, 9 * PAGE_BYTES, slot_bytes));
+        arena.write(to, 0, &vec![0xee; slot_bytes as usize]);
+        let payload = &expected[from.offset as usize..][..payload_bytes];
+        assert_eq!(arena.promote(from, to, payload_bytes), fragment_sums(payload));
+        let copied = contents(&arena, to);
+        assert!(copied[..payload_bytes] == *payload, "{payload_bytes} bytes");
+        assert!(copied[payload_bytes..].iter().all(|&byte| byte == 0), "{payload_bytes} bytes: something lies behind");
+    }
+}
+
+#[test]
+fn sums_of_a_promoted_block_are_those_of_the_copy_whatever_the_client_does() {
+    const CHANGES: usize = 200;
+    let (arena, clients) = arena_with_ingest();
+    let (from, to) = (extent(2, 0, MIB / 2), extent(0, MIB / 2, MIB / 2));
+    let (stop, patience) = (AtomicBool::new(false), Instant::now() + Duration::from_secs(60));
+    let (mut seen, mut changes) = (Vec::new(), 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                words(&clients).iter().for_each(|word| word.store(!word.load(Ordering::Relaxed), Ordering::Relaxed));
+            }
+        });
+        while changes < CHANGES && Instant::now() < patience {
+            let sums = arena.promote(from, to, to.bytes as usize);
+            if arena.fragment_sums(to, to.bytes as usize) != sums {
+                break;
+            }
+            changes += usize::from(seen != sums);
+            seen = sums;
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(changes, CHANGES, "the sums are not those of the copy, or nobody wrote meanwhile");
+}
+
+#[test]
+fn an_emptied_place_is_unmapped_by_its_last_reader_and_can_be_filled_again() {
+    let (arena, _clients) = arena_with_ingest();
+    let reading = arena.ingest_memory(2);
+    let mapping = Arc::downgrade(&reading);
+    assert!(arena.take_out(2));
+    assert!(!arena.take_out(2), "it is empty");
+    assert!(mapping.upgrade().is_some(), "a copy from it is under way");
+    drop(reading);
+    assert!(mapping.upgrade().is_none());
+    let (file, _others) = ingest(2 * MIB);
+    arena.install(2, &file, MIB, MIB).expect("installed");
+    assert!(contents(&arena, extent(2, 0, MIB)).iter().all(|&byte| byte == 0), "the other file's");
+}
+
+#[test]
+fn a_place_can_be_emptied_in_the_middle_of_a_copy() {
+    const BYTES: u64 = 16 * MIB;
+    let arena = Arena::on(&shared(BYTES), BYTES, 1, 1).expect("addresses");
+    let (file, clients) = ingest(BYTES);
+    words(&clients).iter().for_each(|word| word.store(u64::MAX, Ordering::Relaxed));
+    let patience = Instant::now() + Duration::from_secs(60);
+    let mut in_the_middle = false;
+    while !in_the_middle {
+        arena.install(1, &file, 0, BYTES).expect("installed");
+        let copied = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(contents(&arena, extent(1, 0, BYTES)).iter().all(|&byte| byte == 0xff));
+                copied.store(true, Ordering::Relaxed);
+            });
+            let readers = || arena.ingest[0].read().expect("no panic").as_ref().map_or(0, Arc::strong_count) - 1;
+            while readers() == 0 && !copied.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            // The reader that has not begun yet would find it empty.
+            in_the_middle = readers() > 0;
+            if in_the_middle {
+                arena.take_out(1);
+            }
+        });
+        arena.take_out(1);
+        assert!(Instant::now() < patience, "nobody was ever seen reading");
+    }
+}
+
+#[test]
+fn only_what_is_closed_and_fits_is_installed() {
+    let arena = Arena::on(&shared(MIB), MIB, 1, 1).expect("addresses");
+    let open = IngestFile::create(MIB).expect("a file");
+    let error = arena.install(1, &open, 0, MIB).expect_err("open for writers").to_string();
+    assert!(error.contains("close it"), "{error}");
+    let (large, _clients) = ingest(2 * MIB);
+    let error = arena.install(1, &large, 0, 2 * MIB).expect_err("larger than a segment").to_string();
+    assert!(error.contains("divide it"), "{error}");
+    assert!(!arena.take_out(1), "nothing was installed");
+    arena.install(1, &large, MIB, MIB).expect("one piece of it");
+}
+
+/// Locking makes pages too, where it is allowed.
+#[test]
+fn pages_of_ingest_memory_are_there_before_it_is_read() {
+    const TEST: &str = "device::memory::tests::pages_of_ingest_memory_are_there_before_it_is_read";
+    if role().is_some() {
+        let nothing = Rlimit { current: Some(0), maximum: Some(0) };
+        rustix::process::setrlimit(Resource::Memlock, nothing).expect("a lower limit");
+        let arena = Arena::on(&shared(MIB), MIB, 1, 1).expect("addresses");
+        let (file, _clients) = ingest(2 * MIB);
+        let prepared = arena.install(1, &file, MIB, MIB).expect("installed");
+        assert_eq!((prepared.populated, prepared.locked), (true, false));
+        let present_bytes = rustix::fs::fstat(file.descriptor()).expect("a file").st_blocks as u64 * 512;
+        assert_eq!(present_bytes, MIB);
+        return println!("all there");
+    }
+    let mut test = again(TEST, "may not lock");
+    match users().get(1) {
+        Some(&nobody) => _ = test.uid(nobody).gid(nobody).current_dir("/"),
+        None if rustix::process::geteuid().is_root() => return println!("skipped: root may always lock"),
+        None => {}
+    }
+    match test.output() {
+        Ok(output) => assert!(String::from_utf8_lossy(&output.stdout).contains("all there"), "{output:?}"),
+        Err(error) => println!("skipped: another user cannot run this program ({error})"),
+    }
+}
+
+#[test]
+fn ingest_memory_is_for_no_device_and_written_by_nobody_here() {
+    let (arena, _clients) = arena_with_ingest();
+    let (page, own) = (extent(2, 0, PAGE_BYTES), extent(1, 0, PAGE_BYTES));
+    assert_eq!((arena.segment_count(), arena.ingest_count()), (2, 2));
+    assert_eq!([0, 1, 2, 3, 4].map(|segment| arena.is_ingest(segment)), [false, false, true, true, false]);
+    let (file, _others) = ingest(MIB);
+    let cases: [(&str, &dyn Fn()); 13] = [
+        ("is ingest memory", &|| _ = arena.pointer(page)),
+        ("is ingest memory", &|| _ = arena.segment_pointer(2)),
+        ("is ingest memory", &|| _ = arena.prepare(3)),
+        ("is ingest memory", &|| arena.zero(2)),
+        ("is ingest memory", &|| arena.write(page, 0, &[1])),
+        ("is ingest memory", &|| arena.zero_from(page, 0)),
+        ("is ingest memory", &|| drop(arena.promote(page, page, 1))),
+        ("ingest place 3 is empty", &|| arena.read(extent(3, 0, PAGE_BYTES), 0, &mut [0])),
+        ("is no ingest place", &|| drop(arena.promote(own, own, 1))),
+        ("is no ingest place", &|| _ = arena.take_out(1)),
+        ("leaves its segment", &|| arena.read(extent(2, MIB, PAGE_BYTES), 0, &mut [0])),
+        ("leave Extent", &|| drop(arena.promote(page, own, PAGE_BYTES as usize + 1))),
+        ("is not empty", &|| drop(arena.install(2, &file, 0, MIB))),
+    ];
+    for (telling, case) in cases {
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(case)).expect_err(telling);
+        let message = panic.downcast_ref::<String>().expect("a formatted message");
+        assert!(message.contains(telling), "{message:?} does not tell {telling:?}");
+    }
+    contents(&arena, page);
 }
 
 #[test]

@@ -6,12 +6,15 @@ use super::*;
 
 const BYTES: u64 = 256 * PAGE_BYTES;
 
+/// A process that another test starts has a copy of every descriptor, and with it the lock, until it has closed them.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a folder")
 }
 
 fn open(path: &Path) -> Result<Opened, OpenError> {
-    TierFile::open(path, BYTES, Duration::ZERO)
+    TierFile::open(path, BYTES, PATIENCE)
 }
 
 /// One sentence that names the file and the cure.
@@ -70,7 +73,7 @@ fn a_second_daemon_is_refused_and_told_the_cure() {
     let folder = folder();
     let path = folder.path().join("tier");
     let first = open(&path).expect("a new file");
-    let error = open(&path).expect_err("it is locked");
+    let error = TierFile::open(&path, BYTES, Duration::ZERO).expect_err("it is locked");
     assert!(matches!(error, OpenError::Locked { .. }), "{error:?}");
     assert_tells(&error, &path, "another tender daemon uses it");
     assert_tells(&error, &path, "--dir");
@@ -89,7 +92,7 @@ fn a_lock_that_falls_soon_is_waited_for() {
             drop(first);
         });
         let start = Instant::now();
-        TierFile::open(&path, BYTES, Duration::from_secs(30)).expect("the lock falls within the wait");
+        TierFile::open(&path, BYTES, PATIENCE).expect("the lock falls within the wait");
         assert!(start.elapsed() >= Duration::from_millis(50), "{:?}", start.elapsed());
     });
 }
@@ -100,7 +103,7 @@ fn another_size_is_refused_and_changes_nothing() {
     let path = folder.path().join("tier");
     drop(open(&path).expect("a new file"));
     for wanted_bytes in [BYTES - PAGE_BYTES, BYTES + PAGE_BYTES] {
-        let error = TierFile::open(&path, wanted_bytes, Duration::ZERO).expect_err("another size");
+        let error = TierFile::open(&path, wanted_bytes, PATIENCE).expect_err("another size");
         assert!(matches!(error, OpenError::WrongSize { found_bytes: BYTES, .. }), "{error:?}");
         assert_tells(&error, &path, "start with the size it has");
     }
