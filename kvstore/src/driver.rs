@@ -19,6 +19,7 @@ use crate::names::{By, Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
 use crate::telemetry;
 use crate::transfer::disk::Command;
+use crate::transfer::promote::{self, Promotion};
 use crate::transfer::{Outcome, TransferId};
 use crate::verb::{Refusal, RefusalKind, Reply, Request, ReserveOutcome, Verb};
 
@@ -117,7 +118,9 @@ pub struct Driver {
     sender: SyncSender<Input>,
     responders: HashMap<RequestId, Responder>,
     disks: Vec<DiskThread>,
+    arena: Arc<Arena>,
     prepare: SyncSender<(u32, bool)>,
+    promote: SyncSender<Promotion>,
     residency: Vec<watch::Sender<u64>>,
     published: Instant,
 }
@@ -146,6 +149,7 @@ impl Driver {
         let disks: Vec<DiskThread> =
             devices.into_iter().map(|device| disk_thread(device, arena, &sender)).collect::<Result<_, _>>()?;
         let prepare = prepare_thread(arena, &sender)?;
+        let promote = promote_thread(arena, &sender)?;
         let handle = CoreHandle {
             sender: sender.clone(),
             permits: Arc::new(Semaphore::new(limits::REQUESTS_MAX)),
@@ -156,7 +160,22 @@ impl Driver {
         };
         let responders = HashMap::new();
         let published = Instant::now();
-        Ok((Self { core, clock, inputs, sender, responders, disks, prepare, residency, published }, handle))
+        Ok((
+            Self {
+                core,
+                clock,
+                inputs,
+                sender,
+                responders,
+                disks,
+                arena: Arc::clone(arena),
+                prepare,
+                promote,
+                residency,
+                published,
+            },
+            handle,
+        ))
     }
 
     /// Runs the core until [`CoreHandle::stop`]. Returns when all devices have come to rest.
@@ -240,6 +259,14 @@ impl Driver {
                 Action::Residency(tenant, sequence) => {
                     self.residency[tenant.0 as usize].send_replace(sequence);
                 }
+                Action::Promote { id, from, to, expected } => {
+                    if self.promote.send(Promotion { id, from, to, expected }).is_err() {
+                        tracing::error!("the thread that copies to shared memory is gone");
+                    }
+                }
+                Action::DropSegment(segment) => {
+                    self.arena.take_out(segment);
+                }
                 Action::Again => again = true,
                 Action::Warn(message) => tracing::warn!("{message}"),
             }
@@ -312,6 +339,18 @@ fn disk_thread(
         });
     })?;
     Ok(DiskThread { commands, wake, thread: Mutex::new(Some(thread)) })
+}
+
+fn promote_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Result<SyncSender<Promotion>> {
+    let (requests, receiver) = sync_channel(limits::PROMOTIONS_MAX + usize::from(u8::MAX));
+    let (arena, sender) = (Arc::clone(arena), sender.clone());
+    std::thread::Builder::new().name("tender-promote".to_owned()).spawn(move || {
+        promote::run(&arena, &receiver, |id, outcome| {
+            // The core is gone only when the daemon ends.
+            let _ = sender.send(Input::Done(id, outcome));
+        });
+    })?;
+    Ok(requests)
 }
 
 fn prepare_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Result<SyncSender<(u32, bool)>> {

@@ -46,6 +46,9 @@ pub const GRANTS_MAX: usize = 1 << 20;
 /// about 250 B of state each 16 MiB.
 pub const LOADS_MAX: usize = 65_536;
 
+/// Copies from ingest to shared memory in flight: enough to keep a copying thread busy, few enough that a get waits for little.
+pub const PROMOTIONS_MAX: usize = 64;
+
 /// Write-backs queued: a second of a disk at 64 KiB x 16,384/s. Beyond it a block stays in memory only.
 pub const WRITE_BACKS_MAX: usize = 16_384;
 

@@ -80,6 +80,17 @@ pub struct Holder {
     pub group: GroupId,
     /// The member that asked for it.
     pub attachment: AttachmentId,
+    /// How.
+    pub door: Door,
+}
+
+/// The way to the daemon that a request came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// gRPC: the daemon copies bytes in and out, and holds slots meanwhile.
+    Stream,
+    /// Shared memory: the client writes and reads slots in place.
+    Ring,
 }
 
 /// Who ends a hold.

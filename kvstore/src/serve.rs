@@ -107,7 +107,7 @@ fn stop_on_broken_invariant() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
-        let own = ["tender-core", "tender-disk", "tender-prepare"];
+        let own = ["tender-core", "tender-disk", "tender-prepare", "tender-promote"];
         if std::thread::current().name().is_some_and(|name| own.contains(&name)) {
             std::process::abort();
         }
@@ -223,6 +223,7 @@ fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -
         tenants: tenants.collect(),
         host_segment_bytes: config.host.segment_bytes,
         host_segment_count: config.host.segment_count,
+        ingest_segment_count: 0,
         disk,
         write_bytes_per_day: config.write_budget_per_day.map(|size| size.0),
         allow_public: config.allow_public,

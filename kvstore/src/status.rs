@@ -15,6 +15,7 @@ pub struct Counters {
     pub put_contended: u64,
     pub put_no_room: u64,
     pub put_over_quota: u64,
+    pub promoted_bytes: u64,
     pub load_bytes: u64,
     pub load_failures: u64,
     pub sum_mismatches: u64,
@@ -35,7 +36,7 @@ pub struct Counters {
 
 impl Counters {
     /// Each counter's name, meaning and value.
-    pub fn all(&self) -> [(&'static str, &'static str, u64); 27] {
+    pub fn all(&self) -> [(&'static str, &'static str, u64); 28] {
         [
             ("tender_lookups_total", "lookup requests", self.lookups),
             ("tender_lookup_keys_total", "keys looked up", self.lookup_keys),
@@ -48,6 +49,11 @@ impl Counters {
             ("tender_put_contended_total", "blocks offered while somebody else wrote them", self.put_contended),
             ("tender_put_no_room_total", "blocks refused because no slot could be freed", self.put_no_room),
             ("tender_put_over_quota_total", "blocks refused by a tenant's quota", self.put_over_quota),
+            (
+                "tender_promoted_bytes_total",
+                "bytes of slots written in place and copied to shared memory",
+                self.promoted_bytes,
+            ),
             ("tender_load_bytes_total", "bytes read from disk into host memory", self.load_bytes),
             ("tender_load_failures_total", "reads that the disk refused", self.load_failures),
             ("tender_sum_mismatches_total", "reads that did not hold what was written", self.sum_mismatches),
@@ -109,6 +115,8 @@ pub struct CoreStatus {
     pub tenants: Vec<TenantStatus>,
     /// Everything counted.
     pub counters: Counters,
+    /// Segments that clients write to: what is there, and what is in use.
+    pub ingest: Usage,
     /// Attachments in use.
     pub attachments: u64,
 }

@@ -3,7 +3,7 @@
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard};
 
 use crate::device::memory::Extent;
-use crate::names::{AttachmentId, By, Hold, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Door, Hold, Place, RequestId, TenantId};
 
 /// A request: who asks, by when, what.
 #[derive(Clone, Debug)]
@@ -25,6 +25,10 @@ pub enum Verb {
     Attach(Box<AttachVerb>),
     /// Leave.
     Detach(AttachmentId),
+    /// The process of this attachment writes and reads in place from now on: what it does with it ends with [`Verb::Gone`].
+    Join(AttachmentId),
+    /// The process of this attachment is dead, for certain.
+    Gone(AttachmentId),
     /// Where are these?
     Lookup(AttachmentId, Vec<BlockKey>),
     /// Slots for a run of blocks.
@@ -39,6 +43,8 @@ pub enum Verb {
         shard: Shard,
         /// Most bytes of slots to take.
         bytes_max: u64,
+        /// Who writes to them.
+        door: Door,
     },
     /// Reserved slots are filled.
     Commit(AttachmentId, Vec<Filled>),
@@ -52,6 +58,8 @@ pub enum Verb {
         keys: Vec<BlockKey>,
         /// Most bytes to lease.
         bytes_max: u64,
+        /// Who reads them.
+        door: Door,
     },
     /// Leases are given back.
     Release(By, Vec<Hold>),
@@ -299,6 +307,8 @@ pub struct LeasedPart {
     pub shard: Shard,
     /// Its sum.
     pub root: u64,
+    /// Somebody else may write there: what was read is to be checked against the sum.
+    pub verify: bool,
 }
 
 /// Why a run of leases ends.

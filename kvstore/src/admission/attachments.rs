@@ -1,6 +1,6 @@
 //! Who is attached: processes, in groups, each under one namespace.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use tender_proto::Namespace;
 
@@ -18,6 +18,8 @@ pub struct Attachment {
     pub group: GroupId,
     /// Name of the process, for people.
     pub member: String,
+    /// It writes and reads in place, and its process is watched.
+    is_local: bool,
     used_ms: u64,
 }
 
@@ -34,6 +36,8 @@ struct Group {
 pub struct Attachments {
     attachments: HashMap<AttachmentId, (Attachment, String)>,
     groups: HashMap<(TenantId, String), Group>,
+    /// Processes that write and read in place, by group.
+    local: BTreeMap<(TenantId, GroupId), usize>,
     last_group: u32,
     tenant_count: usize,
 }
@@ -109,7 +113,7 @@ impl Attachments {
             Group { id: GroupId(*last), members: 0, namespace: spoken }
         });
         entry.members += 1;
-        let attachment = Attachment { tenant, namespace, group: entry.id, member, used_ms: now_ms };
+        let attachment = Attachment { tenant, namespace, group: entry.id, member, is_local: false, used_ms: now_ms };
         self.attachments.insert(id, (attachment, group));
     }
 
@@ -118,6 +122,41 @@ impl Attachments {
         let (attachment, _) = self.attachments.get_mut(&id)?;
         attachment.used_ms = now_ms;
         (attachment.tenant == tenant).then_some(attachment)
+    }
+
+    /// Whether there is one of that name.
+    pub fn has(&self, id: AttachmentId) -> bool {
+        self.attachments.contains_key(&id)
+    }
+
+    /// An attachment is of a process that writes and reads in place.
+    pub fn make_local(&mut self, id: AttachmentId, tenant: TenantId) -> bool {
+        let Some((attachment, _)) = self.attachments.get_mut(&id) else { return false };
+        if attachment.tenant != tenant {
+            return false;
+        }
+        if !std::mem::replace(&mut attachment.is_local, true) {
+            *self.local.entry((tenant, attachment.group)).or_default() += 1;
+        }
+        true
+    }
+
+    /// Such a process is gone: its group, and whether no other of the group is left.
+    pub fn local_gone(&mut self, id: AttachmentId) -> Option<(GroupId, bool)> {
+        let (attachment, _) = self.attachments.get(&id).filter(|(attachment, _)| attachment.is_local)?;
+        let (tenant, group) = (attachment.tenant, attachment.group);
+        self.remove(id);
+        Some((group, !self.local.contains_key(&(tenant, group))))
+    }
+
+    /// How many write and read in place.
+    pub fn local_count(&self) -> usize {
+        self.local.values().sum()
+    }
+
+    /// Groups of a tenant with such a process.
+    pub fn local_groups(&self, tenant: TenantId) -> usize {
+        self.local.range((tenant, GroupId(0))..=(tenant, GroupId(u32::MAX))).count()
     }
 
     /// Ends an attachment of that tenant.
@@ -130,7 +169,8 @@ impl Attachments {
     /// Ends attachments that nobody has used for long.
     pub fn expire(&mut self, now_ms: u64) {
         let idle_ms = limits::ATTACHMENT_IDLE.as_millis() as u64;
-        let idle = self.attachments.iter().filter(|(_, (attachment, _))| attachment.used_ms + idle_ms < now_ms);
+        let is_idle = |attachment: &Attachment| !attachment.is_local && attachment.used_ms + idle_ms < now_ms;
+        let idle = self.attachments.iter().filter(|(_, (attachment, _))| is_idle(attachment));
         for id in idle.map(|(id, _)| *id).collect::<Vec<_>>() {
             self.remove(id);
         }
@@ -138,6 +178,15 @@ impl Attachments {
 
     fn remove(&mut self, id: AttachmentId) {
         let Some((attachment, group)) = self.attachments.remove(&id) else { return };
+        let local = (attachment.tenant, attachment.group);
+        if attachment.is_local
+            && let Some(members) = self.local.get_mut(&local)
+        {
+            *members -= 1;
+            if *members == 0 {
+                self.local.remove(&local);
+            }
+        }
         let name = (attachment.tenant, group);
         if let Some(group) = self.groups.get_mut(&name) {
             group.members -= 1;

@@ -93,10 +93,10 @@ impl Grants {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::names::{AttachmentId, GroupId};
+    use crate::names::{AttachmentId, Door, GroupId};
 
     fn grant(group: u32, right: Right) -> Grant {
-        let holder = Holder { group: GroupId(group), attachment: AttachmentId(7) };
+        let holder = Holder { group: GroupId(group), attachment: AttachmentId(7), door: Door::Stream };
         Grant { slot: SlotId::new(1, 2), right, holder }
     }
 

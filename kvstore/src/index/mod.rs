@@ -318,6 +318,13 @@ impl Index {
         self.tell(node, place, true, block_bytes);
     }
 
+    /// A copy lies elsewhere in its tier from now on: nobody is told.
+    pub fn move_copy(&mut self, node: NodeId, place: Place, slot: SlotId, shelf: ShelfId, now_ms: u64) {
+        self.orders[place.at()].leave(node);
+        self.orders[place.at()].enter(node, shelf, false, now_ms);
+        self.change(node, |node| node.copies[place.at()] = slot);
+    }
+
     /// A copy leaves; returns its first slot. The node may be gone afterwards.
     pub fn withdraw(&mut self, node: NodeId, place: Place, block_bytes: u32) -> SlotId {
         let slot = self.node(node).copy(place).expect("only a copy that is there is withdrawn");

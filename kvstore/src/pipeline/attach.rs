@@ -4,7 +4,7 @@ use tender_proto::{BlockLayout, Namespace, ReuseRule};
 
 use super::{Action, Actions, Core, TenantConfig};
 use crate::admission::attachments::AttachError;
-use crate::names::{AttachmentId, Holder, NamespaceId, TenantId};
+use crate::names::{AttachmentId, Door, Holder, NamespaceId, TenantId};
 use crate::tier;
 use crate::tier::disk::format;
 use crate::verb::{AttachVerb, Attached, RefusalKind, Reply};
@@ -124,7 +124,8 @@ impl Core {
     /// What an attachment stands for.
     pub(super) fn under(&mut self, tenant: TenantId, attachment: AttachmentId) -> Option<Under> {
         let attached = self.attachments.get(attachment, tenant, self.now_ms)?;
-        let (namespace, holder) = (attached.namespace, Holder { group: attached.group, attachment });
+        let (namespace, holder) =
+            (attached.namespace, Holder { group: attached.group, attachment, door: Door::Stream });
         let known = self.index.namespaces.get(namespace).known.as_ref();
         let known = known.expect("an attachment's namespace is known");
         Some(Under { namespace, holder, layout: known.layout, fingerprint: known.fingerprint })

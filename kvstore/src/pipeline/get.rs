@@ -6,7 +6,7 @@ use super::put::shard_of;
 use super::{Action, Actions, Core};
 use crate::admission::grants::{Grant, Right};
 use crate::completion::{AcquireBlock, AcquireWait, Patience, PrefetchWait, Waiting};
-use crate::names::{AttachmentId, By, Hold, Holder, NamespaceId, NodeId, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Door, Hold, Holder, NamespaceId, NodeId, Place, RequestId, SlotId, TenantId};
 use crate::transfer::lanes::Lane;
 use crate::verb::{AcquireEnd, Acquired, Leased, LeasedPart, LookupReply, PrefetchReply, Reply, Request, Verb};
 
@@ -42,17 +42,21 @@ impl Core {
     /// a slot only while it holds nothing: the first block may wait a while for room, a later one that cannot be loaded ends the run.
     pub(super) fn acquire(&mut self, request: Request, patience: Option<Patience>) -> Option<Reply> {
         let Request { id, tenant, deadline_ms, verb } = request;
-        let Verb::Acquire { attachment, keys, bytes_max } = verb else { unreachable!("only leases are acquired") };
+        let Verb::Acquire { attachment, keys, bytes_max, door } = verb else {
+            unreachable!("only leases are acquired")
+        };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
         if !self.pending.has_room() {
             return Some(self.busy());
         }
-        let mut wait = AcquireWait { holder: under.holder, blocks: Vec::new(), end: None, loading: 0 };
+        let holder = Holder { door, ..under.holder };
+        let mut wait = AcquireWait { holder, blocks: Vec::new(), end: None, loading: 0 };
         let mut used = Vec::new();
-        let mut bytes_left = bytes_max;
+        let mut bytes_left = bytes_max.min(self.lease_budget(holder, tenant));
         let block_bytes = under.layout.block_bytes();
         for key in &keys {
-            if bytes_left < block_bytes && !wait.blocks.is_empty() {
+            let first = wait.blocks.is_empty() && !self.leased_bytes.contains_key(&holder.group);
+            if bytes_left < block_bytes && !first {
                 break;
             }
             let Some(node) = self.index.find(under.namespace, key).filter(|&node| self.index.node(node).is_present())
@@ -60,13 +64,13 @@ impl Core {
                 wait.end = Some(AcquireEnd::Miss);
                 break;
             };
-            match self.acquire_block(node, id, wait.blocks.len(), under.holder) {
+            match self.acquire_block(node, id, wait.blocks.len(), holder) {
                 Ok(block) => {
                     wait.loading += usize::from(matches!(block, AcquireBlock::Loading));
                     wait.blocks.push(block);
                 }
                 Err(AcquireEnd::Shed) if wait.blocks.is_empty() && self.may_wait_for_room(deadline_ms, patience) => {
-                    let verb = Verb::Acquire { attachment, keys, bytes_max };
+                    let verb = Verb::Acquire { attachment, keys, bytes_max, door };
                     self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
                     return None;
                 }
@@ -98,6 +102,10 @@ impl Core {
         holder: Holder,
     ) -> Result<AcquireBlock, AcquireEnd> {
         if self.index.node(node).copy(Place::Host).is_some() {
+            if holder.door == Door::Stream && self.is_ingest(node) {
+                self.promote_for(node, id, at);
+                return Ok(AcquireBlock::Loading);
+            }
             return self.lease(node, Place::Host, holder).map(AcquireBlock::Leased).ok_or(AcquireEnd::Shed);
         }
         if !self.disk_usable() {
@@ -106,6 +114,36 @@ impl Core {
         match self.load(node, Lane::Demand, (id, Some(at))) {
             Ok(()) => Ok(AcquireBlock::Loading),
             Err(()) => Err(AcquireEnd::Shed),
+        }
+    }
+
+    /// Bytes that a group may lease: streams have windows of their own; in place, half of the tenant's part of host memory, dealt out to
+    /// its groups. A group that holds nothing gets a block at least, so that each of them comes on.
+    fn lease_budget(&self, holder: Holder, tenant: TenantId) -> u64 {
+        if holder.door == Door::Stream {
+            return u64::MAX;
+        }
+        let slab = &self.host.tier.slab;
+        let host_bytes = slab.segment_bytes() * u64::from(slab.segment_count());
+        let share =
+            host_bytes / 2 / self.config.tenants.len() as u64 / self.attachments.local_groups(tenant).max(1) as u64;
+        share.saturating_sub(self.leased_bytes.get(&holder.group).copied().unwrap_or(0))
+    }
+
+    fn charge_lease(&mut self, holder: Holder, slot: SlotId) {
+        if holder.door == Door::Ring {
+            *self.leased_bytes.entry(holder.group).or_default() += u64::from(self.host.tier.slab.slot_bytes(slot));
+        }
+    }
+
+    fn discharge_lease(&mut self, holder: Holder, slot: SlotId) {
+        if holder.door == Door::Ring
+            && let Some(bytes) = self.leased_bytes.get_mut(&holder.group)
+        {
+            *bytes -= u64::from(self.host.tier.slab.slot_bytes(slot));
+            if *bytes == 0 {
+                self.leased_bytes.remove(&holder.group);
+            }
         }
     }
 
@@ -120,13 +158,14 @@ impl Core {
         let parts = slots.into_iter().map(|slot| {
             self.leased_slots += 1;
             self.read(Place::Host, slot);
+            self.charge_lease(holder, slot);
             let grant = Grant { slot, right: Right::Lease, holder };
             let hold = self.grants.grant(grant).expect("there is room for all");
             let extent = self.host.extent(slot);
             let record = self.host.tier.slab.slot(slot);
             let shard = shard_of(record.shard_index, record.shard_count);
             let payload_bytes = layout.shard_bytes(shard.count) as u32;
-            LeasedPart { hold, extent, payload_bytes, shard, root: record.root }
+            LeasedPart { hold, extent, payload_bytes, shard, root: record.root, verify: false }
         });
         Some(Leased { place: found, parts: parts.collect() })
     }
@@ -134,7 +173,8 @@ impl Core {
     pub(super) fn release(&mut self, by: By, holds: &[Hold]) {
         // From the end of the run, so that each block finds those after it idle again, and is no leaf in between.
         for &hold in holds.iter().rev() {
-            if let Some(Grant { slot, .. }) = self.grants.end(hold, Right::Lease, by) {
+            if let Some(Grant { slot, holder, .. }) = self.grants.end(hold, Right::Lease, by) {
+                self.discharge_lease(holder, slot);
                 self.leased_slots -= 1;
                 self.unread(Place::Host, slot);
             }
@@ -143,6 +183,15 @@ impl Core {
 
     /// What an acquire is answered: the run up to the first block that failed; later ones are given back.
     pub(super) fn acquired(&mut self, wait: AcquireWait) -> Reply {
+        if wait.holder.door == Door::Ring && !self.attachments.has(wait.holder.attachment) {
+            // Its process died meanwhile, and nobody would give these back.
+            for block in wait.blocks {
+                if let AcquireBlock::Leased(leased) = block {
+                    self.release(By::Daemon, &leased.parts.iter().map(|part| part.hold).collect::<Vec<_>>());
+                }
+            }
+            return Self::unattached(wait.holder.attachment);
+        }
         let mut reply = Acquired { blocks: Vec::new(), end: wait.end };
         let mut open = true;
         for block in wait.blocks {
@@ -157,6 +206,9 @@ impl Core {
                 AcquireBlock::Loading | AcquireBlock::Failed(_) => {}
             }
         }
+        for part in reply.blocks.iter_mut().flat_map(|block| &mut block.parts) {
+            part.verify = self.must_verify(part.hold, wait.holder);
+        }
         for block in &reply.blocks {
             match block.place {
                 Place::Host => self.counters.hit_blocks_host += 1,
@@ -167,17 +219,26 @@ impl Core {
         Reply::Acquired(reply)
     }
 
+    /// Whether somebody else than the reader's own group may write where a lease is. A segment that drains may be that of a process
+    /// which is dead, and has left a child that writes on.
+    fn must_verify(&self, hold: Hold, reader: Holder) -> bool {
+        let slab = &self.host.tier.slab;
+        let Some(Grant { slot, .. }) = self.grants.get(hold, By::Daemon) else { return true };
+        let is_trusted = slab.slot(slot).holder == reader.group && !slab.is_draining(slot.segment());
+        slab.is_ingest(slot) && !is_trusted
+    }
+
     /// A block that an acquire waits for has arrived, or will not.
     pub(super) fn acquire_arrived(
         &mut self,
         id: RequestId,
         at: usize,
-        arrived: Result<NodeId, AcquireEnd>,
+        arrived: Result<(NodeId, Place), AcquireEnd>,
         actions: &mut Actions,
     ) {
         let Some(Waiting::Acquire(AcquireWait { holder, .. })) = self.pending.get_mut(id) else { return };
         let holder = *holder;
-        let leased = arrived.and_then(|node| self.lease(node, Place::Disk, holder).ok_or(AcquireEnd::Shed));
+        let leased = arrived.and_then(|(node, found)| self.lease(node, found, holder).ok_or(AcquireEnd::Shed));
         let block = leased.map_or_else(AcquireBlock::Failed, AcquireBlock::Leased);
         let Some(Waiting::Acquire(wait)) = self.pending.get_mut(id) else { return };
         wait.blocks[at] = block;

@@ -59,9 +59,9 @@ impl Core {
         let mut host_slots: Vec<SlotId> = Vec::new();
         for &slot in &disk_slots {
             let slab = &self.disk().tier.slab;
-            let (record, Owner { tenant, slot_bytes }) = (slab.slot(slot), slab.owner(slab.shelf_of(slot)));
+            let (record, Owner { tenant, slot_bytes, .. }) = (slab.slot(slot), slab.owner(slab.shelf_of(slot)));
             let shard = (record.shard_index, record.shard_count);
-            match self.allocate(Place::Host, Owner { tenant, slot_bytes }, node, DAEMON, shard) {
+            match self.allocate(Place::Host, Owner::shared(tenant, slot_bytes), node, DAEMON, shard) {
                 Ok(slot) => host_slots.push(slot),
                 Err(_) => break,
             }
@@ -180,7 +180,7 @@ impl Core {
         for (request, at) in readers.into_iter().chain(prefetches) {
             match at {
                 Some(at) => {
-                    let arrived = if ok { Ok(node) } else { Err(AcquireEnd::Miss) };
+                    let arrived = if ok { Ok((node, Place::Disk)) } else { Err(AcquireEnd::Miss) };
                     self.acquire_arrived(request, at, arrived, actions);
                 }
                 None => {

@@ -4,6 +4,7 @@
 //! ```text
 //! mod.rs      what comes in, what goes out, and which file deals with it      attach.rs   who may ask
 //! put.rs      reserve, commit, abort                                          get.rs      lookup, acquire, release, prefetch
+//! ingest.rs   what clients write in place, and the way from there to shared memory
 //! room.rs     slots: quota, victims, segments that change owner               load.rs     disk to host
 //! write.rs    host to disk: write-back, directory, durability                 purge.rs    forgetting
 //! recover.rs  what a directory said at start                                  report.rs   status, residency, invariants
@@ -13,6 +14,7 @@
 
 mod attach;
 mod get;
+mod ingest;
 mod load;
 mod purge;
 mod put;
@@ -25,17 +27,19 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use tender_proto::TenantSalt;
 
+use self::ingest::Ingest;
 use crate::admission::attachments::Attachments;
 use crate::admission::grants::Grants;
 use crate::admission::worth::Worth;
 use crate::completion::{Load, Pending, WriteBack};
+use crate::device::memory::Extent;
 use crate::index::Index;
-use crate::names::{AttachmentId, NodeId, PageName, RequestId, SlotId, TenantId};
+use crate::names::{AttachmentId, GroupId, NodeId, PageName, RequestId, SlotId, TenantId};
 use crate::status::Counters;
 use crate::tier::disk::DiskTier;
 use crate::tier::host::HostTier;
 use crate::transfer::lanes::{Lane, Lanes};
-use crate::transfer::{Outcome, Transfer, TransferId};
+use crate::transfer::{Expected, Outcome, Transfer, TransferId};
 use crate::verb::{Refusal, RefusalKind, Reply, Request, Verb};
 
 pub use self::recover::RecoveredFile;
@@ -69,6 +73,19 @@ pub enum Action {
         /// It was used before.
         used: bool,
     },
+    /// An ingest segment is not needed any more: its memory goes.
+    DropSegment(u32),
+    /// Copy from ingest to shared memory, and check what was copied. `TransferDone` follows.
+    Promote {
+        /// Its name.
+        id: TransferId,
+        /// Where a client may be writing.
+        from: Extent,
+        /// Where only the daemon writes.
+        to: Extent,
+        /// What it must be.
+        expected: Expected,
+    },
     /// The tenant has events up to this number.
     Residency(TenantId, u64),
     /// More of the same work is to be done: `Continue` follows.
@@ -86,6 +103,8 @@ pub struct CoreConfig {
     pub host_segment_bytes: u64,
     /// How many.
     pub host_segment_count: u32,
+    /// Segments of the same size that clients may write to.
+    pub ingest_segment_count: u32,
     /// Disk, if there is one.
     pub disk: Option<DiskConfig>,
     /// Bytes that may be written to disk in a day.
@@ -131,6 +150,7 @@ enum Job {
     WriteBack { write_back: u64, host: SlotId, disk: SlotId },
     Page(PageName),
     Flush,
+    Promote { node: NodeId, from: SlotId, to: SlotId },
 }
 
 /// A segment that is to change owner.
@@ -162,6 +182,9 @@ pub struct Core {
     last_write_back: u64,
     /// Bytes of write-backs queued or under way.
     writing_bytes: u64,
+    ingest: Ingest,
+    /// Bytes that groups lease in place.
+    leased_bytes: HashMap<GroupId, u64>,
     pending: Pending,
     /// Incomplete blocks: when they are given up, the node, and a slot with its generation, which tell whether it is still the
     /// same attempt.
@@ -190,6 +213,7 @@ impl Core {
         let host = HostTier::new(
             config.host_segment_bytes,
             config.host_segment_count,
+            config.ingest_segment_count,
             quotas(|tenant| tenant.host_quota_bytes),
         );
         let disk = config.disk.as_ref().map(|disk| {
@@ -215,6 +239,8 @@ impl Core {
             writing: BTreeMap::new(),
             last_write_back: 0,
             writing_bytes: 0,
+            ingest: Ingest::default(),
+            leased_bytes: HashMap::new(),
             pending: Pending::default(),
             partial: VecDeque::new(),
             to_prepare: (0..config.host_segment_count).map(|segment| (segment, false)).collect(),
@@ -239,7 +265,8 @@ impl Core {
             Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
             Event::SegmentReady(segment) => {
                 self.preparing = false;
-                self.serves = true;
+                self.serves |= segment < self.config.host_segment_count;
+                self.ingest_segment_ready(segment);
                 self.host.tier.slab.segment_ready(segment);
                 self.room_made = true;
             }
@@ -258,7 +285,18 @@ impl Core {
         let reply = match verb {
             Verb::Attach(attach) => Some(self.attach(tenant, *attach, actions)),
             Verb::Detach(attachment) => {
-                self.attachments.leave(attachment, tenant);
+                if self.attachments.get(attachment, tenant, self.now_ms).is_some() {
+                    self.member_gone(attachment);
+                    self.attachments.leave(attachment, tenant);
+                }
+                Some(Reply::Done)
+            }
+            Verb::Join(attachment) => Some(match self.attachments.make_local(attachment, tenant) {
+                true => Reply::Done,
+                false => Self::unattached(attachment),
+            }),
+            Verb::Gone(attachment) => {
+                self.member_gone(attachment);
                 Some(Reply::Done)
             }
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
@@ -316,6 +354,7 @@ impl Core {
 
     /// What every event may have made possible.
     fn settle(&mut self, actions: &mut Actions) {
+        self.pump_ingest(actions);
         self.retry_for_room(actions);
         self.pump_directory(actions);
         self.pump_lanes(actions);

@@ -85,7 +85,8 @@ impl Core {
                 write_back.node = None;
             }
         }
-        let half_filled = record.filling != SlotId::NONE && !loading;
+        let copying = self.ingest.is_copying(node);
+        let half_filled = record.filling != SlotId::NONE && !loading && !copying;
         for place in [Place::Host, Place::Disk].into_iter().filter(|&place| record.copy(place).is_some()) {
             for slot in self.withdraw(node, place) {
                 busy |= self.slab(place).slot(slot).readers > 0;
@@ -96,7 +97,7 @@ impl Core {
             busy = true;
             self.drop_filling(node);
         }
-        busy || loading
+        busy || loading || copying
     }
 
     /// Walks on through the nodes for purges of a namespace.

@@ -7,7 +7,7 @@ use super::attach::Under;
 use super::room::NoSlot;
 use crate::admission::grants::{Grant, Right};
 use crate::completion::Patience;
-use crate::names::{AttachmentId, By, Hold, NodeId, Place, SlotId, TenantId};
+use crate::names::{AttachmentId, By, Door, Hold, Holder, NodeId, Place, SlotId, TenantId};
 use crate::tier;
 use crate::tier::slab::{Owner, SlotState};
 use crate::verb::{CommitOutcome, Filled, Reply, Request, ReserveOutcome, Verb};
@@ -19,21 +19,25 @@ impl Core {
     /// Reserves, or waits for a while until it can, holding nothing meanwhile; `None` when the request waits.
     pub(super) fn reserve(&mut self, request: Request, patience: Option<Patience>) -> Option<Reply> {
         let Request { id, tenant, deadline_ms, verb } = request;
-        let Verb::Reserve { attachment, parent, keys, shard, bytes_max } = verb else {
+        let Verb::Reserve { attachment, parent, keys, shard, bytes_max, door } = verb else {
             unreachable!("only reservations are reserved")
         };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
         let may_wait = deadline_ms > self.now_ms && self.is_patient(patience);
+        let under = Under { holder: Holder { door, ..under.holder }, ..under };
         let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
         let is_short = outcomes.contains(&ReserveOutcome::NoRoom);
         let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
-        let wait = is_short && self.memory_is_coming() || got_nothing && self.room_is_coming();
+        let wait = match door {
+            Door::Stream => is_short && self.memory_is_coming() || got_nothing && self.room_is_coming(),
+            Door::Ring => got_nothing && self.ingest.is_coming(),
+        };
         if may_wait && wait {
             self.abort(By::Daemon, &granted(&outcomes));
             if !self.pending.has_room() {
                 return Some(self.busy());
             }
-            let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max };
+            let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max, door };
             self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
             return None;
         }
@@ -62,7 +66,8 @@ impl Core {
         may_wait: bool,
     ) -> Vec<ReserveOutcome> {
         let slot_bytes = tier::shard_slot_bytes(&under.layout, shard.count as u8);
-        let owner = Owner { tenant, slot_bytes };
+        let writer = (under.holder.door == Door::Ring).then_some(under.holder.attachment);
+        let owner = Owner { tenant, slot_bytes, writer };
         let mut parent = parent;
         let mut outcomes = Vec::with_capacity(keys.len());
         let mut refused = None;
@@ -111,12 +116,13 @@ impl Core {
                 return if committed { ReserveOutcome::AlreadyPresent } else { ReserveOutcome::BeingWritten };
             }
         }
-        if may_wait && self.memory_is_coming() && !self.host.tier.has_room(owner) {
+        if owner.writer.is_none() && may_wait && self.memory_is_coming() && !self.host.tier.has_room(owner) {
             self.index.forget_if_unused(node);
             return ReserveOutcome::NoRoom;
         }
         let place = (shard.index as u8, shard.count as u8);
         let granted = match self.grants.has_room(1) {
+            true if owner.writer.is_some() => self.allocate_ingest(owner, node, under.holder.group, place),
             true => self.allocate(Place::Host, owner, node, under.holder.group, place),
             false => Err(NoSlot::Room),
         };
@@ -195,7 +201,11 @@ impl Core {
         if self.worth.was_lost(&self.index.node(node).key) {
             self.index.node_mut(node).reused = true;
         }
-        self.write_back(node, false);
+        if self.is_ingest(node) {
+            self.promote(node);
+        } else {
+            self.write_back(node, false);
+        }
         true
     }
 

@@ -61,7 +61,7 @@ impl Core {
             ));
         };
         let disk = self.disk.as_mut().expect("its files were just read");
-        let owner = Owner { tenant, slot_bytes: found.slot_bytes };
+        let owner = Owner::shared(tenant, found.slot_bytes);
         let Some(shelf) = disk.tier.slab.shelf(owner) else {
             return Err(format!(
                 "segment {segment} of the disk tier has slots of {} bytes, which do not fit",

@@ -3,10 +3,12 @@
 use tender_proto::BlockLayout;
 
 use super::Core;
-use crate::admission::grants::Right;
+use std::collections::HashMap;
+
+use crate::admission::grants::{Grant, Right};
 use crate::completion::Waiting;
 use crate::limits;
-use crate::names::{AttachmentId, NodeId, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, Door, NodeId, Place, RequestId, TenantId};
 use crate::status::{CoreStatus, TenantStatus, TierStatus};
 use crate::tier::slab::SlotState;
 use crate::verb::{Reply, Residency};
@@ -90,6 +92,7 @@ impl Core {
             disk: self.disk.as_ref().map(|disk| (tier(Place::Disk), disk.health())),
             tenants: tenants.collect(),
             counters: self.counters,
+            ingest: self.host.tier.slab.ingest_usage(),
             attachments: self.attachments.count() as u64,
         }
     }
@@ -137,6 +140,13 @@ impl Core {
         let granted = |right| self.grants.all().filter(|(_, grant)| grant.right == right).count() as u64;
         let (leases, reservations) = (granted(Right::Lease), granted(Right::Reservation));
         assert_eq!((leases, reservations), (self.leased_slots, self.reserved_slots), "each hold is counted once");
+        let mut leased = HashMap::<_, u64>::new();
+        for (_, Grant { slot, right, holder }) in self.grants.all() {
+            if right == Right::Lease && holder.door == Door::Ring {
+                *leased.entry(holder.group).or_default() += u64::from(self.host.tier.slab.slot_bytes(slot));
+            }
+        }
+        assert_eq!(leased, self.leased_bytes, "what is leased in place is charged to its group");
         self.index.check(|place, slot| self.slab(place).shelf_of(slot));
         for place in [Place::Host, Place::Disk] {
             if place == Place::Disk && self.disk.is_none() {
@@ -144,7 +154,7 @@ impl Core {
             }
             let slab = self.slab(place);
             let mut used = 0;
-            for segment in 0..slab.segment_count() {
+            for segment in 0..slab.ingest_segments().end {
                 for slot in slab.used_slots(segment, 0) {
                     used += 1;
                     let record = slab.slot(slot);
@@ -152,15 +162,20 @@ impl Core {
                     assert!(!record.doomed || !is_free_to_go, "a doomed slot is freed by its last user");
                 }
             }
-            assert_eq!(used, slab.usage().used_slots, "used slots are counted");
+            let (usage, ingest) = (slab.usage(), slab.ingest_usage());
+            assert_eq!(used, usage.used_slots + ingest.used_slots, "used slots are counted");
             let charged: u64 =
                 (0..self.config.tenants.len() as u16).map(|id| self.tier(place).tenant(TenantId(id)).0).sum();
-            assert_eq!(charged, slab.usage().used_bytes, "what is used is charged to somebody");
+            assert_eq!(charged, usage.used_bytes + ingest.used_bytes, "what is used is charged to somebody");
         }
     }
 
     /// Whether nothing is waited for and nothing is under way.
     pub fn is_idle(&self) -> bool {
-        self.pending.count() == 0 && self.loads.is_empty() && self.write_backs.is_empty() && self.jobs.is_empty()
+        self.pending.count() == 0
+            && self.loads.is_empty()
+            && self.write_backs.is_empty()
+            && self.jobs.is_empty()
+            && self.ingest.is_idle()
     }
 }

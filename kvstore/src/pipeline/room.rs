@@ -78,6 +78,15 @@ impl Core {
         slot
     }
 
+    /// Whether one slot more is within the tenant's quota, after evicting what must go for it.
+    pub(super) fn make_quota(&mut self, place: Place, owner: Owner, node: NodeId) -> bool {
+        self.index.node_mut(node).pinned = true;
+        let within = (0..EVICTIONS_PER_SLOT)
+            .any(|_| self.tier(place).within_quota(owner) || !self.evict_of_tenant(place, owner.tenant));
+        self.index.node_mut(node).pinned = false;
+        within && self.tier(place).within_quota(owner)
+    }
+
     fn allocate_on(
         &mut self,
         place: Place,
@@ -116,7 +125,8 @@ impl Core {
 
     /// Whether a slot of host memory may become free without anybody's doing.
     pub(super) fn room_is_coming(&self) -> bool {
-        self.memory_is_coming() || self.draining[Place::Host.at()].is_some() || !self.writing.is_empty()
+        let draining = self.draining[Place::Host.at()].is_some();
+        self.memory_is_coming() || draining || !self.writing.is_empty() || self.ingest.is_coming()
     }
 
     /// Whether a request that has waited for room so far may go on to.
@@ -259,7 +269,9 @@ impl Core {
         let age = |shelf| self.index.coldest_use_ms(place, shelf).map(|used| self.now_ms - used);
         let slab = self.slab(place);
         let others = slab.shelves().map(|(other, _)| other);
-        let donors = others.filter(|&other| other != shelf && slab.shelf_size(other).0 > 0);
+        let is_donor =
+            |&other: &ShelfId| other != shelf && slab.shelf_size(other).0 > 0 && slab.owner(other).writer.is_none();
+        let donors = others.filter(is_donor);
         let Some(donor) = donors.max_by_key(|&donor| age(donor).unwrap_or(u64::MAX)) else { return };
         let worth_it = match (age(shelf), age(donor)) {
             // A shelf without any segment must get one; one whose blocks are merely all in use waits for them.
@@ -323,6 +335,10 @@ impl Core {
             self.draining[place.at()] = None;
         }
         match place {
+            Place::Host if segment >= self.host.tier.slab.segment_count() => {
+                self.host.clear_sums(segment);
+                self.ingest_segment_retired(segment);
+            }
             Place::Host => {
                 self.host.clear_sums(segment);
                 self.to_prepare.push_back((segment, true));
@@ -340,6 +356,7 @@ impl Core {
             self.worth.remember_lost(&self.index.node(node).key);
         }
         if place == Place::Host {
+            self.cancel_promotion(node);
             // Who still uses the slots uses no block any more.
             for &slot in &slots {
                 let record = self.host.tier.slab.slot_mut(slot);

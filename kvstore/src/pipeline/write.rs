@@ -27,7 +27,7 @@ impl Core {
         }
         let record = *self.index.node(node);
         let (Some(first), None) = (record.copy(Place::Host), record.copy(Place::Disk)) else { return false };
-        if !self.disk_usable() {
+        if !self.disk_usable() || self.is_ingest(node) {
             return false;
         }
         let host_slots: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
@@ -84,9 +84,9 @@ impl Core {
         let mut disk_slots: Vec<SlotId> = Vec::new();
         for &slot in host_slots {
             let slab = &self.host.tier.slab;
-            let Owner { tenant, slot_bytes } = slab.owner(slab.shelf_of(slot));
+            let Owner { tenant, slot_bytes, .. } = slab.owner(slab.shelf_of(slot));
             let shard = (slab.slot(slot).shard_index, slab.slot(slot).shard_count);
-            match self.allocate(Place::Disk, Owner { tenant, slot_bytes }, node, GroupId(0), shard) {
+            match self.allocate(Place::Disk, Owner::shared(tenant, slot_bytes), node, GroupId(0), shard) {
                 Ok(slot) => disk_slots.push(slot),
                 Err(_) => {
                     for slot in disk_slots {
@@ -218,7 +218,7 @@ impl Core {
         id
     }
 
-    fn name_transfer(&mut self, file: u32, lane: Lane, job: Job) -> TransferId {
+    pub(super) fn name_transfer(&mut self, file: u32, lane: Lane, job: Job) -> TransferId {
         self.last_transfer += 1;
         let id = TransferId(self.last_transfer);
         self.jobs.insert(id, (file, lane, job));
@@ -245,6 +245,7 @@ impl Core {
                 self.lanes[file as usize].done(lane);
                 self.write_back_done((write_back, host, disk), outcome, actions);
             }
+            Job::Promote { node, from, to } => self.promote_done((node, from, to), outcome, actions),
             Job::Page(name) => {
                 let ok = matches!(outcome, Outcome::Done(_));
                 if !ok {
@@ -407,6 +408,8 @@ impl Core {
                     wait.parts_left += 1;
                     wait.rewrites |= is_suspect;
                 }
+            } else if self.is_ingest(node) {
+                wait.parts_left += usize::from(self.disk.is_some() && self.promote_durably(node, id));
             } else if self.write_back(node, true) {
                 let write_back = self.writing[&node];
                 let waiters = &mut self.write_backs.get_mut(&write_back).expect("it is being written").waiters;
@@ -477,6 +480,11 @@ impl Core {
                 }
                 // It goes on with a later tick: asking again at once would only spin.
                 if !self.writing.is_empty() && self.is_write_back_full(self.block_bytes(node).into()) {
+                    to = node.0;
+                    break;
+                }
+                if self.is_ingest(node) {
+                    self.promote(node);
                     to = node.0;
                     break;
                 }

@@ -16,6 +16,7 @@ use super::session::Session;
 use super::window::Window;
 use crate::device::memory::Arena;
 use crate::driver::Undo;
+use crate::names::Door;
 use crate::names::{Place, TenantId};
 use crate::verb::{AcquireEnd, Acquired, Leased, LeasedPart, Reply, Verb};
 use crate::{limits, telemetry, tier};
@@ -125,7 +126,7 @@ impl BlocksServer {
         let session = &run.session;
         let blocks = (window.bytes / run.held_bytes()).max(1) as usize;
         let keys = run.keys[from..].iter().take(blocks).copied().collect();
-        let verb = Verb::Acquire { attachment: session.attachment, keys, bytes_max: window.bytes };
+        let verb = Verb::Acquire { attachment: session.attachment, keys, bytes_max: window.bytes, door: Door::Stream };
         let answer = self.core.ask(session.tenant, run.wait(), verb).await;
         let answer = answer.map_err(|refusal| self.refused(session, refusal))?;
         let Reply::Acquired(acquired) = answer.reply else {

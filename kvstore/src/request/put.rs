@@ -14,7 +14,7 @@ use super::session::Session;
 use super::window::Window;
 use crate::device::memory::{Arena, Extent};
 use crate::driver::Undo;
-use crate::names::{Hold, TenantId};
+use crate::names::{Door, Hold, TenantId};
 use crate::verb::{CommitOutcome, Filled, Reply, ReserveOutcome, Verb};
 use crate::{limits, telemetry, tier};
 
@@ -115,6 +115,7 @@ impl BlocksServer {
             keys: header.keys.clone(),
             shard: header.shard,
             bytes_max: window.bytes.max(slot_bytes),
+            door: Door::Stream,
         };
         let answer = self.core.ask(session.tenant, wait, verb).await;
         let answer = answer.map_err(|refusal| self.refused(session, refusal))?;

@@ -7,7 +7,7 @@ use super::oracle::Block;
 use super::payload::{self, Version};
 use super::world::World;
 use crate::limits;
-use crate::names::{Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Door, Place, RequestId, TenantId};
 use crate::status::{CoreStatus, Health};
 use crate::verb::{Acquired, CommitOutcome, LookupReply, PrefetchReply, RefusalKind, Reply, ReserveOutcome, Verb};
 
@@ -29,18 +29,23 @@ impl World {
                     self.groups[group].version = Version::new(self.last_version, tenant);
                 }
                 self.groups[group].members.push(attached.attachment);
+                if self.groups[group].door == Door::Ring {
+                    let (tenant, deadline_ms) = (self.groups[group].tenant, self.now_ms());
+                    self.ask(tenant, deadline_ms, Verb::Join(attached.attachment), Question::Join);
+                }
             }
             (Question::Lookup { space, at }, Reply::Lookup(reply)) => self.looked_up(space, &at, &reply),
-            (Question::Reserve { group, version, at, shard }, Reply::Reserved(outcomes)) => {
-                self.reserved(group, version, &at, shard, &outcomes);
+            (Question::Join, Reply::Done) => {}
+            (Question::Reserve { group, attachment, door, version, at, shard }, Reply::Reserved(outcomes)) => {
+                self.reserved((group, attachment, door), version, &at, shard, &outcomes);
             }
             (Question::Commit { puts }, Reply::Committed(outcomes)) => {
                 self.committed(&puts, &outcomes);
                 self.give_back(asked.tenant, &puts);
             }
             (Question::Commit { puts }, Reply::Refused(_)) => self.give_back(asked.tenant, &puts),
-            (Question::Acquire { space, at }, Reply::Acquired(acquired)) => {
-                self.acquired(asked.tenant, asked.step, space, &at, &acquired);
+            (Question::Acquire { group, space, at }, Reply::Acquired(acquired)) => {
+                self.acquired(asked.tenant, asked.step, group, (space, &at), &acquired);
             }
             (Question::Prefetch { count }, Reply::Prefetch(reply)) => {
                 let PrefetchReply { resident, loaded, missing, shed, done } = reply;
@@ -117,7 +122,14 @@ impl World {
         assert_eq!(reply.prefix_blocks, prefix, "the usable prefix ends at the first block that is missing");
     }
 
-    fn reserved(&mut self, group: usize, version: Version, at: &[usize], shard: Shard, outcomes: &[ReserveOutcome]) {
+    fn reserved(
+        &mut self,
+        (group, attachment, door): (usize, AttachmentId, Door),
+        version: Version,
+        at: &[usize],
+        shard: Shard,
+        outcomes: &[ReserveOutcome],
+    ) {
         assert_eq!(at.len(), outcomes.len(), "one outcome per key");
         let Group { space, tenant, .. } = self.groups[group];
         let mut puts = Vec::new();
@@ -125,12 +137,16 @@ impl World {
             let ReserveOutcome::Granted { hold, extent } = *outcome else { continue };
             let payload_bytes = self.scenario.spaces[space].layout.shard_bytes(shard.count) as usize;
             let block = Block { space, at };
-            puts.push(Put { group, version, block, shard, hold, extent, payload_bytes });
+            assert_eq!(self.is_ingest(extent.segment), door == Door::Ring, "clients write to their own segments alone");
+            puts.push(Put { group, version, block, shard, hold, extent, payload_bytes, attachment });
             // A torn read may leave another's bytes in memory that nobody can read: only sound disks allow the stricter claim.
             if !self.scenario.lossy && self.summary.power_cuts + self.summary.kills == 0 {
                 let mut memory = vec![0; extent.bytes as usize];
                 self.arena.read(extent, 0, &mut memory);
-                let strangers = payload::tenants(&memory).find(|&other| other != tenant);
+                // What was scribbled over looks like nobody's.
+                let tenants = self.scenario.core.tenants.len();
+                let is_stranger = |other: &TenantId| *other != tenant && usize::from(other.0) < tenants;
+                let strangers = payload::tenants(&memory).find(is_stranger);
                 assert_eq!(strangers, None, "{extent:?} was granted to {tenant:?} with bytes of another tenant in it");
             }
         }
@@ -145,6 +161,7 @@ impl World {
                 assert_eq!(put.version, group, "a group's reservations end with it: {put:?}");
                 self.oracle.committed(put.block, put.version, self.summary.steps);
                 self.summary.committed_shards += 1;
+                self.remember_committed(put);
             }
         }
     }
@@ -153,8 +170,8 @@ impl World {
         &mut self,
         tenant: TenantId,
         asked_step: u64,
-        space: usize,
-        at: &[usize],
+        group: Option<usize>,
+        (space, at): (usize, &[usize]),
         acquired: &Acquired,
     ) {
         assert!(acquired.blocks.len() <= at.len(), "no more blocks than were asked for");
@@ -172,7 +189,16 @@ impl World {
                     extent: part.extent,
                     payload_bytes: part.payload_bytes as usize,
                     version: Version::new(0, tenant),
+                    reader: group,
                 };
+                let is_ingest = self.is_ingest(part.extent.segment);
+                assert!(group.is_some() || !is_ingest, "a stream sends what only the daemon writes");
+                let is_unsure = is_ingest && (part.verify || group.is_some_and(|group| self.groups[group].scribbles));
+                if is_unsure && !self.holds_its_sum(&lease, part.root) {
+                    self.summary.refused_leases += 1;
+                    self.ask(tenant, self.now_ms(), Verb::Release(By::Daemon, vec![part.hold]), Question::Any);
+                    continue;
+                }
                 self.hold(part.hold, part.extent, true);
                 lease.version = self.recognise(&lease, asked_step);
                 self.sum_is_right(&lease, part.root);
@@ -204,10 +230,14 @@ impl World {
     }
 
     fn sum_is_right(&self, lease: &Lease, root: u64) {
+        assert!(self.holds_its_sum(lease, root), "a lease's sum is that of its bytes: {lease:?}");
+    }
+
+    fn holds_its_sum(&self, lease: &Lease, root: u64) -> bool {
         let space = &self.scenario.spaces[lease.block.space];
         let seed = sum::seed(&space.keys[lease.block.at], lease.shard, space.layout.fingerprint());
         let sums = self.arena.fragment_sums(lease.extent, lease.payload_bytes);
-        assert_eq!(root, sum::root(seed, &sums), "a lease's sum is that of its bytes: {lease:?}");
+        root == sum::root(seed, &sums)
     }
 
     fn within_quotas(status: &CoreStatus) {

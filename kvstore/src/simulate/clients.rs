@@ -9,7 +9,7 @@ use super::random::Random;
 use super::scenario::Space;
 use super::world::{Due, World};
 use crate::device::memory::Extent;
-use crate::names::{AttachmentId, By, GroupId, Hold, TenantId};
+use crate::names::{AttachmentId, By, Door, GroupId, Hold, TenantId};
 use crate::verb::{AttachVerb, Filled, PurgeWhat, Verb};
 
 /// An engine: one namespace, one number of shards, and as long as it lives one version of everything it writes.
@@ -21,11 +21,23 @@ pub(super) struct Group {
     pub(super) shards: u16,
     pub(super) members: Vec<AttachmentId>,
     pub(super) version: Version,
+    /// How its members come to the daemon.
+    pub(super) door: Door,
+    /// Its members write to what they committed.
+    pub(super) scribbles: bool,
+}
+
+/// A write to where somebody once might write.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scribble {
+    extent: Extent,
+    incarnation: u64,
 }
 
 impl Group {
     pub(super) fn new(number: usize, spaces: &[Space], random: &mut Random) -> Self {
         let space = random.index(spaces.len());
+        let door = random.pick(&[Door::Stream, Door::Ring]);
         Self {
             name: format!("group-{number}"),
             tenant: random.pick(&spaces[space].tenants),
@@ -33,6 +45,8 @@ impl Group {
             shards: random.pick(&[1, 1, 2, 4]),
             members: Vec::new(),
             version: Version::new(0, TenantId(0)),
+            door,
+            scribbles: door == Door::Ring && random.happens(150),
         }
     }
 }
@@ -47,6 +61,7 @@ pub(super) struct Put {
     pub(super) hold: Hold,
     pub(super) extent: Extent,
     pub(super) payload_bytes: usize,
+    pub(super) attachment: AttachmentId,
 }
 
 /// A slot that a client reads.
@@ -59,6 +74,8 @@ pub(super) struct Lease {
     pub(super) extent: Extent,
     pub(super) payload_bytes: usize,
     pub(super) version: Version,
+    /// Of the group that reads in place.
+    pub(super) reader: Option<usize>,
 }
 
 /// What was asked, as the client remembers it.
@@ -73,6 +90,8 @@ pub(super) enum Question {
     },
     Reserve {
         group: usize,
+        attachment: AttachmentId,
+        door: Door,
         version: Version,
         at: Vec<usize>,
         shard: Shard,
@@ -81,9 +100,13 @@ pub(super) enum Question {
         puts: Vec<Put>,
     },
     Acquire {
+        /// That asks in place.
+        group: Option<usize>,
         space: usize,
         at: Vec<usize>,
     },
+    /// By the process that reads and writes in place.
+    Join,
     Prefetch {
         count: usize,
     },
@@ -185,11 +208,78 @@ impl World {
         let (tenant, member) = self.member(group);
         self.groups[group].members.retain(|&other| other != member);
         let deadline_ms = self.deadline_ms();
-        self.ask(tenant, deadline_ms, Verb::Detach(member), Question::Any);
+        let is_local = self.groups[group].door == Door::Ring;
+        if is_local {
+            self.process_ends(group, member);
+        }
+        let verb = if is_local && self.random.happens(500) { Verb::Gone(member) } else { Verb::Detach(member) };
+        self.ask(tenant, deadline_ms, verb, Question::Any);
         // What comes instead is another engine.
         if self.groups[group].members.is_empty() && self.random.happens(700) {
             let name = std::mem::take(&mut self.groups[group].name);
             self.groups[group] = Group { name, ..Group::new(group, &self.scenario.spaces, &mut self.random) };
+        }
+    }
+
+    /// A process that reads and writes in place is dead. What its group was writing is ended, what it was reading when it was the last;
+    /// a child that it forked writes on.
+    fn process_ends(&mut self, group: usize, member: AttachmentId) {
+        let is_last = self.groups[group].members.is_empty();
+        let version = self.groups[group].version;
+        let ended = self.call_off(|due| match due {
+            Due::FinishPut(puts) => (puts[0].group, puts[0].version) == (group, version),
+            Due::Release(leases) => is_last && leases[0].reader == Some(group),
+            _ => false,
+        });
+        let committed: Vec<Scribble> =
+            self.committed_in_place.iter().filter(|(by, _)| *by == member).map(|(_, scribble)| *scribble).collect();
+        for scribble in committed {
+            let after_us = self.random.below(100_000);
+            self.schedule(after_us, Due::Scribble(scribble));
+        }
+        for due in ended {
+            match due {
+                Due::FinishPut(puts) => {
+                    for put in puts {
+                        self.let_go(put.extent);
+                        if put.attachment == member && self.is_ingest(put.extent.segment) {
+                            self.scribble_later(put.extent);
+                        }
+                    }
+                }
+                Due::Release(leases) => leases.iter().for_each(|lease| self.let_go(lease.extent)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Remembers what a process may write over when it is dead, through a child that it forked.
+    pub(super) fn remember_committed(&mut self, put: &Put) {
+        /// As many as are written over when a process dies.
+        const REMEMBERED: usize = 40;
+        if self.is_ingest(put.extent.segment) {
+            if self.committed_in_place.len() == REMEMBERED {
+                self.committed_in_place.pop_front();
+            }
+            self.committed_in_place.push_back((put.attachment, self.scribble_to(put.extent)));
+        }
+    }
+
+    /// A write to the memory that is there now.
+    fn scribble_to(&self, extent: Extent) -> Scribble {
+        Scribble { extent, incarnation: self.incarnations.get(&extent.segment).copied().unwrap_or(0) }
+    }
+
+    fn scribble_later(&mut self, extent: Extent) {
+        let after_us = self.random.below(100_000);
+        self.schedule(after_us, Due::Scribble(self.scribble_to(extent)));
+    }
+
+    /// To memory that is still that of the client's segment; what was dropped is nobody's.
+    pub(super) fn scribble(&mut self, scribble: &Scribble) {
+        let Scribble { extent, incarnation } = *scribble;
+        if self.incarnations.get(&extent.segment).copied().unwrap_or(0) == incarnation {
+            self.arena.write(extent, self.random.index(extent.bytes as usize / 2), &[0xee; 16]);
         }
     }
 
@@ -216,9 +306,10 @@ impl World {
             let (tenant, attachment) = self.member(group);
             let shard = Shard { index, count: shards };
             let bytes_max = if self.random.happens(100) { self.random.below(200_000) } else { u64::MAX };
-            let verb = Verb::Reserve { attachment, parent, keys: keys.clone(), shard, bytes_max };
+            let door = self.groups[group].door;
+            let verb = Verb::Reserve { attachment, parent, keys: keys.clone(), shard, bytes_max, door };
             let deadline_ms = self.deadline_ms();
-            let question = Question::Reserve { group, version, at: at.clone(), shard };
+            let question = Question::Reserve { group, attachment, door, version, at: at.clone(), shard };
             self.ask(tenant, deadline_ms, verb, question);
         }
     }
@@ -262,9 +353,16 @@ impl World {
             self.ask(tenant, deadline_ms, Verb::Abort(By::Daemon, holds), Question::Any);
             return;
         };
+        if self.groups[puts[0].group].scribbles {
+            let extents = puts.iter().map(|put| put.extent).filter(|extent| self.is_ingest(extent.segment));
+            let extents: Vec<Extent> = extents.collect();
+            extents.into_iter().for_each(|extent| self.scribble_later(extent));
+        }
         let filled = puts.iter().map(|put| {
             self.let_go(put.extent);
-            Filled { hold: put.hold, sums: self.arena.fragment_sums(put.extent, put.payload_bytes) }
+            // What it means to put, whatever somebody has written over it since.
+            let sums = self.payload(put).chunks(sum::FRAGMENT_BYTES).map(sum::fragment_sum).collect();
+            Filled { hold: put.hold, sums }
         });
         let filled = filled.collect();
         self.ask(tenant, deadline_ms, Verb::Commit(attachment, filled), Question::Commit { puts });
@@ -282,9 +380,11 @@ impl World {
         let space = self.groups[group].space;
         let (_, at) = self.run_of_chain(space, 12);
         let bytes_max = if self.random.happens(200) { self.random.below(300_000) } else { u64::MAX };
-        let verb = Verb::Acquire { attachment, keys: self.keys(space, &at), bytes_max };
+        let door = self.groups[group].door;
+        let verb = Verb::Acquire { attachment, keys: self.keys(space, &at), bytes_max, door };
         let deadline_ms = self.deadline_ms();
-        self.ask(tenant, deadline_ms, verb, Question::Acquire { space, at });
+        let group = (door == Door::Ring).then_some(group);
+        self.ask(tenant, deadline_ms, verb, Question::Acquire { group, space, at });
     }
 
     /// Leases were read once; they are read again when they end, for nobody may have written meanwhile.
@@ -304,7 +404,9 @@ impl World {
         for lease in &leases {
             let key = &self.scenario.spaces[lease.block.space].keys[lease.block.at];
             let written = payload::bytes(key, lease.version, lease.shard, lease.payload_bytes);
-            assert!(self.read(lease) == written, "a lease's bytes changed: {lease:?}");
+            // Where a client may write, a reader has checked what it copied, or reads what its own group wrote.
+            let changed = self.read(lease) != written;
+            assert!(!changed || self.is_ingest(lease.extent.segment), "a lease's bytes changed: {lease:?}");
             self.let_go(lease.extent);
         }
         let holds = leases.iter().map(|lease| lease.hold).collect();
@@ -357,19 +459,38 @@ impl World {
         let (tenant, attachment) = self.member(group);
         let space = self.groups[group].space;
         let root = self.scenario.spaces[space].root;
-        // Somebody else's, if it is anybody's.
-        let hold = Hold { place: self.random.below(40) as u32, generation: self.random.below(9) as u32 };
+        // Guessed: not the group's own, which it may end as it likes.
+        let never = u32::MAX - self.random.below(9) as u32;
+        let others = self.random.below(9) as u32;
+        let hold = Hold { place: self.random.below(40) as u32, generation: others };
         let stranger = By::Group(GroupId(u32::MAX));
         let [one, other] = [1, 2].map(|byte| BlockKey::from_bytes([byte; 32]));
         let shard = Shard { index: 0, count: 1 };
-        let reserve = |parent, key| Verb::Reserve { attachment, parent, keys: vec![key], shard, bytes_max: 0 };
+        let reserve = |parent, key| Verb::Reserve {
+            attachment,
+            parent,
+            keys: vec![key],
+            shard,
+            bytes_max: 0,
+            door: Door::Stream,
+        };
         let verb = match self.random.below(8) {
             0 => Verb::Lookup(AttachmentId(u64::MAX), vec![root]),
             1 => Verb::Release(stranger, vec![hold]),
             2 => Verb::Abort(stranger, vec![hold]),
-            3 => Verb::Commit(attachment, vec![Filled { hold, sums: vec![sum::GOLDEN] }]),
-            4 => Verb::Acquire { attachment, keys: Vec::new(), bytes_max: 0 },
-            5 => Verb::Reserve { attachment, parent: root, keys: vec![root], shard, bytes_max: u64::MAX },
+            3 => Verb::Commit(
+                attachment,
+                vec![Filled { hold: Hold { generation: never, ..hold }, sums: vec![sum::GOLDEN] }],
+            ),
+            4 => Verb::Acquire { attachment, keys: Vec::new(), bytes_max: 0, door: Door::Ring },
+            5 => Verb::Reserve {
+                attachment,
+                parent: root,
+                keys: vec![root],
+                shard,
+                bytes_max: u64::MAX,
+                door: Door::Stream,
+            },
             6 => reserve(one, other),
             _ => reserve(other, one),
         };

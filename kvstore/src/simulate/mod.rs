@@ -39,6 +39,8 @@ pub struct Summary {
     pub loaded_blocks: u64,
     /// Shards committed.
     pub committed_shards: u64,
+    /// Leases of what a client had written over, found out by their readers.
+    pub refused_leases: u64,
     /// Copies evicted, of both tiers.
     pub evicted_copies: u64,
     /// Reads whose sum was wrong.

@@ -9,7 +9,7 @@ use super::oracle::Block;
 use super::scenario::{Scenario, Space};
 use super::world::{Disk, Due, World};
 use crate::device::block::simulated::{DiskImage, Faults, SimulatedDisk};
-use crate::names::{AttachmentId, Place, TenantId};
+use crate::names::{AttachmentId, Door, Place, TenantId};
 use crate::pipeline::{Core, CoreConfig, DiskConfig, Event, RecoveredFile};
 use crate::tier::disk::format::{SEGMENTS_OFFSET, Superblock};
 use crate::tier::disk::recover;
@@ -44,6 +44,8 @@ impl World {
         self.forget_queue();
         (self.now_us, self.clients_live) = (0, false);
         (self.asked, self.heard, self.held) = Default::default();
+        self.incarnations.clear();
+        self.committed_in_place.clear();
         (self.watchers, self.announced) = Default::default();
         self.groups.iter_mut().for_each(|group| group.members.clear());
         (0..self.arena.segment_count()).for_each(|segment| self.arena.zero(segment));
@@ -125,12 +127,12 @@ impl World {
 
     fn read_one(&mut self, tenant: TenantId, attachment: AttachmentId, block: Block, key: BlockKey) {
         for _ in 0..100 {
-            let verb = Verb::Acquire { attachment, keys: vec![key], bytes_max: u64::MAX };
+            let verb = Verb::Acquire { attachment, keys: vec![key], bytes_max: u64::MAX, door: Door::Stream };
             let reply = self.ask_and_wait(tenant, self.now_ms() + 10_000, verb);
             let Reply::Acquired(acquired) = reply else { panic!("not an answer to an acquire: {reply:?}") };
             match acquired.end {
                 None => {
-                    self.acquired(tenant, self.summary.steps, block.space, &[block.at], &acquired);
+                    self.acquired(tenant, self.summary.steps, None, (block.space, &[block.at]), &acquired);
                     return self.pass(30_000);
                 }
                 // Host memory is being prepared, or full of what was read before.
@@ -206,7 +208,11 @@ impl World {
         assert_eq!(self.oracle.present(), [], "present after everything was purged");
         let status = self.core.status();
         let disk = status.disk.as_ref().map_or(0, |(tier, _)| tier.usage.used_slots);
-        assert_eq!((status.host.usage.used_slots, disk), (0, 0), "slots leaked: {status:?}");
+        assert_eq!(
+            (status.host.usage.used_slots, status.ingest.used_slots, disk),
+            (0, 0, 0),
+            "slots leaked: {status:?}"
+        );
         self.drain();
         self.core.check();
         self.count_time();

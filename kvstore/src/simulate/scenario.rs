@@ -47,6 +47,7 @@ impl Scenario {
         let tenant_count = random.between(2, 3);
         let host_segment_bytes = random.pick(&[128 << 10, 192 << 10, 256 << 10]);
         let host_segment_count = random.between(4, 8) as u32;
+        let ingest_segment_count = random.between(1, 6) as u32;
         let host_bytes = host_segment_bytes * u64::from(host_segment_count);
         let disk = (!random.happens(50)).then(|| DiskConfig {
             segment_bytes: random.pick(&[128 << 10, 256 << 10]),
@@ -70,6 +71,7 @@ impl Scenario {
             tenants,
             host_segment_bytes,
             host_segment_count,
+            ingest_segment_count,
             disk,
             write_bytes_per_day,
             allow_public: true,

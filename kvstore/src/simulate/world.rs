@@ -1,11 +1,13 @@
 //! Clock, queue and disks around the core: gives it events in the order in which they are due, and does what it asks for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tender_proto::sum;
+
 use super::Summary;
-use super::clients::{Group, Lease, Put, Question};
+use super::clients::{Group, Lease, Put, Question, Scribble};
 use super::oracle::Oracle;
 use super::random::Random;
 use super::scenario::Scenario;
@@ -16,8 +18,8 @@ use crate::device::memory::{Arena, Extent};
 use crate::limits;
 use crate::names::{AttachmentId, Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
-use crate::transfer::Transfer;
 use crate::transfer::disk::InFlight;
+use crate::transfer::{Expected, Outcome, Transfer, TransferId};
 use crate::verb::{Reply, Request, Verb};
 
 /// Something that will happen.
@@ -25,10 +27,21 @@ use crate::verb::{Reply, Request, Verb};
 pub(super) enum Due {
     Tick,
     Continue,
-    SegmentReady { segment: u32, used: bool },
+    SegmentReady {
+        segment: u32,
+        used: bool,
+    },
     Operation,
     FinishPut(Vec<Put>),
     Release(Vec<Lease>),
+    /// Whoever could write to a slot in place writes there, although it is not its to write any more.
+    Scribble(Scribble),
+    Promote {
+        id: TransferId,
+        from: Extent,
+        to: Extent,
+        expected: Expected,
+    },
 }
 
 /// A question that was not answered yet.
@@ -78,13 +91,18 @@ pub(super) struct World {
     watching: bool,
     /// What is leased (any number of readers) or reserved (one writer): where, then bytes and how many hold it.
     pub(super) held: Held,
+    /// How often the memory of an ingest segment was another.
+    pub(super) incarnations: BTreeMap<u32, u64>,
+    /// What was committed in place last, and by which process.
+    pub(super) committed_in_place: VecDeque<(AttachmentId, Scribble)>,
     pub(super) clients_live: bool,
 }
 
 impl World {
     pub(super) fn new(scenario: Scenario, trace: Trace) -> Self {
         let core = &scenario.core;
-        let arena = Arena::new(core.host_segment_bytes, core.host_segment_count).expect("memory for a small arena");
+        let segments = core.host_segment_count + core.ingest_segment_count;
+        let arena = Arena::new(core.host_segment_bytes, segments).expect("memory for a small arena");
         let random = &mut Random::new(scenario.seed, 2);
         let groups = (0..scenario.group_count).map(|number| Group::new(number, &scenario.spaces, random)).collect();
         let images = Self::blank_images(&scenario);
@@ -109,6 +127,8 @@ impl World {
             announced: BTreeMap::new(),
             watching: false,
             held: Held::new(),
+            incarnations: BTreeMap::new(),
+            committed_in_place: VecDeque::new(),
             clients_live: false,
             scenario,
         };
@@ -148,6 +168,27 @@ impl World {
         self.queue.clear();
     }
 
+    /// What was to happen and is not any more.
+    pub(super) fn call_off(&mut self, is_off: impl Fn(&Due) -> bool) -> Vec<Due> {
+        let (off, on): (Vec<_>, Vec<_>) = std::mem::take(&mut self.queue).into_iter().partition(|(_, due)| is_off(due));
+        self.queue = on.into_iter().collect();
+        off.into_iter().map(|(_, due)| due).collect()
+    }
+
+    pub(super) fn is_ingest(&self, segment: u32) -> bool {
+        segment >= self.scenario.core.host_segment_count
+    }
+
+    /// Copies as the daemon does: what is checked is what was copied, whoever writes there meanwhile.
+    fn promoted(&mut self, from: Extent, to: Extent, expected: Expected) -> Outcome {
+        let mut bytes = vec![0; expected.payload_bytes as usize];
+        self.arena.read(from, 0, &mut bytes);
+        self.arena.write(to, 0, &bytes);
+        self.arena.zero_from(to, bytes.len());
+        let sums = self.arena.fragment_sums(to, bytes.len());
+        if sum::root(expected.seed, &sums) == expected.root { Outcome::Done(sums) } else { Outcome::Mismatch }
+    }
+
     /// Lets the next thing happen; returns whether it was an operation of a client.
     pub(super) fn advance(&mut self) -> bool {
         let queued_us = self.queue.keys().next().map_or(u64::MAX, |(due_us, _)| *due_us);
@@ -166,7 +207,7 @@ impl World {
             }
             Due::Continue => self.step(Event::Continue),
             Due::SegmentReady { segment, used } => {
-                if used {
+                if used || self.is_ingest(segment) {
                     self.arena.zero(segment);
                 }
                 self.step(Event::SegmentReady(segment));
@@ -181,6 +222,11 @@ impl World {
             }
             Due::FinishPut(puts) => self.finish_puts(puts),
             Due::Release(leases) => self.release(leases),
+            Due::Scribble(scribble) => self.scribble(&scribble),
+            Due::Promote { id, from, to, expected } => {
+                let outcome = self.promoted(from, to, expected);
+                self.step(Event::TransferDone(id, outcome));
+            }
         }
         false
     }
@@ -254,6 +300,17 @@ impl World {
                 assert!(self.held.range(start..end).next().is_none(), "segment {segment} changes owner while in use");
                 let after_us = self.random.between(10, 20_000);
                 self.schedule(after_us, Due::SegmentReady { segment, used });
+            }
+            Action::DropSegment(segment) => {
+                self.trace.note(format_args!("  drop segment {segment}"));
+                let (start, end) = ((segment, 0), (segment + 1, 0));
+                assert!(self.held.range(start..end).next().is_none(), "segment {segment} is dropped while in use");
+                *self.incarnations.entry(segment).or_default() += 1;
+            }
+            Action::Promote { id, from, to, expected } => {
+                self.trace.note(format_args!("  {id:?}: promote {from:?} to {to:?}"));
+                let after_us = self.random.between(10, 5_000);
+                self.schedule(after_us, Due::Promote { id, from, to, expected });
             }
             Action::Residency(tenant, sequence) => {
                 let announced = self.announced.entry(tenant).or_insert(0);

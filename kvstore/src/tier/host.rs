@@ -23,10 +23,10 @@ pub fn slots_per_segment(segment_bytes: u64, slot_bytes: u64) -> u32 {
 }
 
 impl HostTier {
-    /// An arena of that many segments, none of them prepared.
-    pub fn new(segment_bytes: u64, segment_count: u32, quota_bytes: Vec<Option<u64>>) -> Self {
-        let slab = Slab::new(segment_bytes, segment_count, slots_per_segment);
-        Self { tier: Tier::new(slab, quota_bytes), sums: vec![Vec::new(); segment_count as usize] }
+    /// An arena of that many segments that only the daemon writes and that many for clients, none of them prepared.
+    pub fn new(segment_bytes: u64, shared_count: u32, ingest_count: u32, quota_bytes: Vec<Option<u64>>) -> Self {
+        let slab = Slab::with_ingest(segment_bytes, shared_count, ingest_count, slots_per_segment);
+        Self { tier: Tier::new(slab, quota_bytes), sums: vec![Vec::new(); (shared_count + ingest_count) as usize] }
     }
 
     /// Where a slot's bytes are.

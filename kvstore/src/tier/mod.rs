@@ -56,7 +56,7 @@ impl Tier {
     /// Takes a free slot of the shelf, and charges its tenant.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         let slot = self.slab.reserve(shelf, node, holder, shard)?;
-        let Owner { tenant, slot_bytes } = self.slab.owner(shelf);
+        let Owner { tenant, slot_bytes, .. } = self.slab.owner(shelf);
         self.used_bytes[tenant.0 as usize] += u64::from(slot_bytes);
         Some(slot)
     }
@@ -64,7 +64,7 @@ impl Tier {
     /// Takes one particular slot, during recovery.
     pub fn reserve_at(&mut self, slot: SlotId, node: NodeId, shard: (u8, u8)) -> Option<()> {
         self.slab.reserve_at(slot, node, shard)?;
-        let Owner { tenant, slot_bytes } = self.slab.owner(self.slab.shelf_of(slot));
+        let Owner { tenant, slot_bytes, .. } = self.slab.owner(self.slab.shelf_of(slot));
         self.used_bytes[tenant.0 as usize] += u64::from(slot_bytes);
         Some(())
     }
@@ -84,7 +84,7 @@ impl Tier {
     }
 
     fn discharge(&mut self, slot: SlotId) {
-        let Owner { tenant, slot_bytes } = self.slab.owner(self.slab.shelf_of(slot));
+        let Owner { tenant, slot_bytes, .. } = self.slab.owner(self.slab.shelf_of(slot));
         self.used_bytes[tenant.0 as usize] -= u64::from(slot_bytes);
     }
 }

@@ -10,7 +10,7 @@
 use std::collections::HashMap;
 
 use crate::limits;
-use crate::names::{GroupId, NodeId, SEGMENTS_MAX, SlotId, TenantId};
+use crate::names::{AttachmentId, GroupId, NodeId, SEGMENTS_MAX, SlotId, TenantId};
 use crate::status::Usage;
 
 /// What a slot is in.
@@ -51,7 +51,7 @@ pub struct Slot {
     pub doomed: bool,
 }
 
-/// A shelf: all segments of one tenant and slot size.
+/// A shelf: all segments of one owner and slot size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShelfId(pub u16);
 
@@ -62,6 +62,15 @@ pub struct Owner {
     pub tenant: TenantId,
     /// Bytes of a slot; whole pages.
     pub slot_bytes: u32,
+    /// Of ingest segments: the client that writes to them. None: only the daemon writes.
+    pub writer: Option<AttachmentId>,
+}
+
+impl Owner {
+    /// Of segments that only the daemon writes.
+    pub fn shared(tenant: TenantId, slot_bytes: u32) -> Self {
+        Self { tenant, slot_bytes, writer: None }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +111,13 @@ pub struct Slab {
     segment_bytes: u64,
     slots_per_segment: SlotsPerSegment,
     segments: Vec<Segment>,
+    /// Ingest segments have the numbers from here on.
+    shared_count: u32,
     free: Vec<u32>,
+    free_ingest: Vec<u32>,
     shelves: Vec<Shelf>,
+    /// Names of shelves that were given up.
+    free_shelves: Vec<ShelfId>,
     shelf_of: HashMap<Owner, ShelfId>,
     generation: u32,
 }
@@ -111,14 +125,28 @@ pub struct Slab {
 impl Slab {
     /// A tier of `segment_count` segments, none of them prepared.
     pub fn new(segment_bytes: u64, segment_count: u32, slots_per_segment: SlotsPerSegment) -> Self {
+        Self::with_ingest(segment_bytes, segment_count, 0, slots_per_segment)
+    }
+
+    /// A tier with `ingest_count` segments more that clients may write to, each for one of them.
+    pub fn with_ingest(
+        segment_bytes: u64,
+        shared_count: u32,
+        ingest_count: u32,
+        slots_per_segment: SlotsPerSegment,
+    ) -> Self {
+        let segment_count = shared_count + ingest_count;
         assert!(segment_count <= SEGMENTS_MAX, "at most {SEGMENTS_MAX} segments have a name");
         let segment = || Segment { state: SegmentState::Retired, slots: Vec::new(), used: 0, free: Vec::new() };
         Self {
             segment_bytes,
             slots_per_segment,
             segments: std::iter::repeat_with(segment).take(segment_count as usize).collect(),
+            shared_count,
             free: Vec::new(),
+            free_ingest: Vec::new(),
             shelves: Vec::new(),
+            free_shelves: Vec::new(),
             shelf_of: HashMap::new(),
             generation: 0,
         }
@@ -129,9 +157,19 @@ impl Slab {
         self.segment_bytes
     }
 
-    /// All segments.
+    /// Segments that only the daemon writes.
     pub fn segment_count(&self) -> u32 {
-        self.segments.len() as u32
+        self.shared_count
+    }
+
+    /// Ingest segments among all.
+    pub fn ingest_segments(&self) -> std::ops::Range<u32> {
+        self.shared_count..self.segments.len() as u32
+    }
+
+    /// Whether a client writes to the segment of this slot.
+    pub fn is_ingest(&self, slot: SlotId) -> bool {
+        slot.segment() >= self.shared_count
     }
 
     /// The shelf of this owner; `None` when there are too many shelves, or the slot does not fit.
@@ -140,18 +178,38 @@ impl Slab {
             return Some(shelf);
         }
         let fits = (self.slots_per_segment)(self.segment_bytes, owner.slot_bytes.into()) > 0;
-        if !fits || self.shelves.len() >= limits::SHELVES_MAX {
+        if !fits {
             return None;
         }
-        let shelf = ShelfId(self.shelves.len() as u16);
-        self.shelves.push(Shelf { owner, segments: Vec::new(), open: Vec::new(), used: 0 });
+        let empty = Shelf { owner, segments: Vec::new(), open: Vec::new(), used: 0 };
+        let shelf = match self.free_shelves.pop() {
+            Some(shelf) => {
+                self.shelves[shelf.0 as usize] = empty;
+                shelf
+            }
+            None if self.shelves.len() < limits::SHELVES_MAX => {
+                self.shelves.push(empty);
+                ShelfId(self.shelves.len() as u16 - 1)
+            }
+            None => return None,
+        };
         self.shelf_of.insert(owner, shelf);
         Some(shelf)
     }
 
     /// All shelves with their owners.
     pub fn shelves(&self) -> impl Iterator<Item = (ShelfId, Owner)> {
-        self.shelves.iter().enumerate().map(|(i, shelf)| (ShelfId(i as u16), shelf.owner))
+        let all = self.shelves.iter().enumerate().map(|(i, shelf)| (ShelfId(i as u16), shelf.owner));
+        all.filter(|(shelf, owner)| self.shelf_of.get(owner) == Some(shelf))
+    }
+
+    /// Gives up a shelf without segments.
+    pub fn give_up(&mut self, shelf: ShelfId) {
+        let Shelf { owner, segments, .. } = &self.shelves[shelf.0 as usize];
+        if segments.is_empty() && self.shelf_of.get(owner) == Some(&shelf) {
+            self.shelf_of.remove(owner);
+            self.free_shelves.push(shelf);
+        }
     }
 
     /// Whose a shelf is.
@@ -217,23 +275,51 @@ impl Slab {
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Retired, "segment {segment} is prepared once");
         record.state = SegmentState::Free;
-        self.free.push(segment);
+        if segment < self.shared_count { self.free.push(segment) } else { self.free_ingest.push(segment) }
+    }
+
+    fn free_for(&mut self, shelf: ShelfId) -> &mut Vec<u32> {
+        let is_ingest = self.owner(shelf).writer.is_some();
+        if is_ingest { &mut self.free_ingest } else { &mut self.free }
     }
 
     /// Whether a slot of this shelf can be had without taking one from somebody.
     pub fn has_room(&self, shelf: ShelfId) -> bool {
-        !self.shelves[shelf.0 as usize].open.is_empty() || !self.free.is_empty()
+        let Shelf { owner, open, .. } = &self.shelves[shelf.0 as usize];
+        let free = if owner.writer.is_some() { &self.free_ingest } else { &self.free };
+        !open.is_empty() || !free.is_empty()
+    }
+
+    /// Whether a segment of this shelf has a free slot.
+    pub fn has_open(&self, shelf: ShelfId) -> bool {
+        !self.shelves[shelf.0 as usize].open.is_empty()
+    }
+
+    /// Whether a segment is not ready for anybody.
+    pub fn is_retired(&self, segment: u32) -> bool {
+        self.segments[segment as usize].state == SegmentState::Retired
+    }
+
+    /// Whether a segment takes no new block.
+    pub fn is_draining(&self, segment: u32) -> bool {
+        matches!(self.segments[segment as usize].state, SegmentState::Draining(_))
+    }
+
+    /// The segments of a shelf.
+    pub fn segments_of(&self, shelf: ShelfId) -> Vec<u32> {
+        self.shelves[shelf.0 as usize].segments.clone()
     }
 
     /// Segments that are not ready yet: room to come.
     pub fn retired_segments(&self) -> usize {
-        self.segments.iter().filter(|segment| segment.state == SegmentState::Retired).count()
+        let shared = &self.segments[..self.shared_count as usize];
+        shared.iter().filter(|segment| segment.state == SegmentState::Retired).count()
     }
 
     /// Takes a free slot of the shelf for one shard of a node's copy, assigning a free segment if need be.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         if self.shelves[shelf.0 as usize].open.is_empty() {
-            let segment = self.free.pop()?;
+            let segment = self.free_for(shelf).pop()?;
             self.assign(segment, shelf);
         }
         let segment = *self.shelves[shelf.0 as usize].open.last()?;
@@ -281,6 +367,7 @@ impl Slab {
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Free, "segment {segment} has one owner");
         self.free.retain(|&free| free != segment);
+        self.free_ingest.retain(|&free| free != segment);
         record.state = SegmentState::Owned(shelf);
         let free = Slot {
             node: NodeId::NONE,
@@ -355,10 +442,16 @@ impl Slab {
     pub fn drain_emptiest(&mut self, shelf: ShelfId) -> Option<(u32, bool)> {
         let segments = &self.shelves[shelf.0 as usize].segments;
         let segment = *segments.iter().min_by_key(|&&segment| self.segments[segment as usize].used)?;
+        Some((segment, self.drain(segment)))
+    }
+
+    /// Stops new blocks from entering an owned segment. Returns whether it is empty already (and thus retired).
+    pub fn drain(&mut self, segment: u32) -> bool {
+        let SegmentState::Owned(shelf) = self.segments[segment as usize].state else { return false };
         self.segments[segment as usize].state = SegmentState::Draining(shelf);
         self.segments[segment as usize].free.clear();
         self.shelves[shelf.0 as usize].open.retain(|&open| open != segment);
-        Some((segment, self.retire_if_drained(segment).is_some()))
+        self.retire_if_drained(segment).is_some()
     }
 
     fn retire_if_drained(&mut self, segment: u32) -> Option<u32> {
@@ -369,6 +462,10 @@ impl Slab {
         }
         record.state = SegmentState::Retired;
         self.shelves[shelf.0 as usize].segments.retain(|&owned| owned != segment);
+        // A client's shelf goes with its last segment; the daemon's own sizes come again.
+        if self.owner(shelf).writer.is_some() {
+            self.give_up(shelf);
+        }
         Some(segment)
     }
 
@@ -395,14 +492,28 @@ impl Slab {
 
     /// What is in use.
     pub fn usage(&self) -> Usage {
+        let mut usage = self.usage_of(|owner| owner.writer.is_none());
+        let ready = self.shared_count as usize - self.retired_segments();
+        usage.ready_bytes = ready as u64 * self.segment_bytes;
+        usage
+    }
+
+    /// What is in use of ingest segments, and how many of them there are.
+    pub fn ingest_usage(&self) -> Usage {
+        let mut usage = self.usage_of(|owner| owner.writer.is_some());
+        let ingest = &self.segments[self.shared_count as usize..];
+        let ready = ingest.iter().filter(|segment| segment.state != SegmentState::Retired).count();
+        usage.ready_bytes = ready as u64 * self.segment_bytes;
+        usage
+    }
+
+    fn usage_of(&self, wanted: impl Fn(&Owner) -> bool) -> Usage {
         let mut usage = Usage::default();
-        for shelf in &self.shelves {
+        for shelf in self.shelves.iter().filter(|shelf| wanted(&shelf.owner)) {
             usage.used_slots += shelf.used;
             usage.used_bytes += shelf.used * u64::from(shelf.owner.slot_bytes);
             usage.slots += shelf.segments.iter().map(|&s| self.segments[s as usize].slots.len() as u64).sum::<u64>();
         }
-        let ready = self.segments.len() - self.retired_segments();
-        usage.ready_bytes = ready as u64 * self.segment_bytes;
         usage
     }
 }

@@ -3,6 +3,7 @@
 
 pub mod disk;
 pub mod lanes;
+pub mod promote;
 
 use crate::device::block::IoFault;
 use crate::device::memory::{Extent, Page};

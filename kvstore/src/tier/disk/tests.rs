@@ -8,7 +8,7 @@ use crate::names::{GroupId, NodeId, TenantId};
 fn a_segment_is_not_used_again_while_pages_are_on_their_way() {
     let mut disk = DiskTier::new(64 << 10, 1, 1, [0; 32], 0, vec![None]);
     disk.tier.slab.segment_ready(0);
-    let owner = Owner { tenant: TenantId(0), slot_bytes: 4096 };
+    let owner = Owner::shared(TenantId(0), 4096);
     let shelf = disk.tier.slab.shelf(owner).expect("it fits");
     let slot = disk.tier.reserve(shelf, NodeId(0), GroupId(0), (0, 1)).expect("all is free");
     disk.set_owner(0, owner);

@@ -17,7 +17,7 @@ fn slab() -> Slab {
 }
 
 fn owner(at: usize) -> Owner {
-    Owner { tenant: TenantId(at as u16 % 2), slot_bytes: [4096, 8192, 12288][at / 2] }
+    Owner::shared(TenantId(at as u16 % 2), [4096, 8192, 12288][at / 2])
 }
 
 #[derive(Clone, Debug)]
@@ -119,7 +119,7 @@ fn a_name_is_good_for_one_reservation() {
 #[test]
 fn a_slot_larger_than_a_segment_has_no_shelf() {
     let slot_bytes = SEGMENT_BYTES as u32 + 4096;
-    assert_eq!(slab().shelf(Owner { tenant: TenantId(0), slot_bytes }), None);
+    assert_eq!(slab().shelf(Owner::shared(TenantId(0), slot_bytes)), None);
 }
 
 #[test]

@@ -1,0 +1,421 @@
+//! What clients write in place: slots of ingest segments, which the daemon does not trust, and the way from there to shared memory.
+//!
+//! ```text
+//!  reserve ──► slot of an ingest segment, which one client may write ──commit──► readable there: for its own group as it is, for others
+//!                                                                                after they have checked its sum
+//!              promotion: copied and checked on a thread of its own ──► slot of a shared segment ──► written back
+//! ```
+//! An ingest segment serves one client and is never used again for another: whoever could write to it may go on to, also after its
+//! death, through a child that it forked. It is dropped when its last block has left, and a fresh one is made for who comes next.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use tender_proto::sum;
+
+use super::put::shard_of;
+use super::room::NoSlot;
+use super::{Action, Actions, Core, Job};
+use crate::admission::grants::Right;
+use crate::limits;
+use crate::names::{AttachmentId, By, GroupId, Hold, NodeId, Place, RequestId, SlotId};
+use crate::tier::slab::{Owner, ShelfId, SlotState};
+use crate::transfer::lanes::Lane;
+use crate::transfer::{Expected, Outcome};
+use crate::verb::AcquireEnd;
+
+/// The daemon itself, as holder of slots that it copies to.
+const DAEMON: GroupId = GroupId(0);
+
+/// Promotions looked at in one go when those before them find no room.
+const PROMOTION_STEPS: usize = 16;
+
+/// A block on its way from ingest to shared memory.
+#[derive(Debug, Default)]
+pub(super) struct Promotion {
+    /// Acquires, with the block's place in them.
+    waiters: Vec<(RequestId, usize)>,
+    /// Durables, which want it written back afterwards.
+    durables: Vec<RequestId>,
+    /// Where from and where to, while it is copied.
+    slots: Vec<(SlotId, SlotId)>,
+    parts_left: usize,
+    /// What was committed is not what is there.
+    is_bad: bool,
+    /// The copy left host memory meanwhile.
+    cancelled: bool,
+}
+
+/// What is under way between ingest and shared memory.
+#[derive(Debug, Default)]
+pub(super) struct Ingest {
+    promotions: BTreeMap<NodeId, Promotion>,
+    /// Those that are not being copied yet.
+    queue: VecDeque<NodeId>,
+    in_flight: usize,
+    /// Copies that left host memory before their turn came.
+    lost: Vec<Promotion>,
+    /// The first in the queue found no room; nothing has changed since.
+    is_blocked: bool,
+    /// Ingest segments that are being made.
+    coming: BTreeSet<u32>,
+    /// Ingest segments that nobody uses any more.
+    dropped: Vec<u32>,
+}
+
+impl Ingest {
+    /// Whether nothing is under way.
+    pub(super) fn is_idle(&self) -> bool {
+        self.promotions.is_empty() && self.lost.is_empty()
+    }
+
+    /// Whether a block is being copied, into the slots of its filling.
+    pub(super) fn is_copying(&self, node: NodeId) -> bool {
+        self.promotions.get(&node).is_some_and(|promotion| !promotion.slots.is_empty())
+    }
+
+    /// Whether a slot that a client may write to is about to be free.
+    pub(super) fn is_coming(&self) -> bool {
+        !self.promotions.is_empty() || !self.coming.is_empty() || !self.dropped.is_empty()
+    }
+}
+
+impl Core {
+    /// A slot that the client of `owner` writes in place. Never evicts: what is there is on its way to shared memory.
+    pub(super) fn allocate_ingest(
+        &mut self,
+        owner: Owner,
+        node: NodeId,
+        holder: GroupId,
+        shard: (u8, u8),
+    ) -> Result<SlotId, NoSlot> {
+        if !self.make_quota(Place::Host, owner, node) {
+            return Err(NoSlot::Quota);
+        }
+        let slab = &mut self.host.tier.slab;
+        let shelf = slab.shelf(owner).ok_or(NoSlot::Room)?;
+        let has = segments_of(slab, owner.writer);
+        let may_grow = has < self.ingest_share();
+        if may_grow || self.host.tier.slab.has_open(shelf) {
+            if let Some(slot) = self.host.tier.reserve(shelf, node, holder, shard) {
+                return Ok(slot);
+            }
+            self.want_ingest_segment();
+        }
+        self.host.tier.slab.give_up(shelf);
+        Err(NoSlot::Room)
+    }
+
+    /// Ingest segments that one client may have: an equal part, and one at least.
+    fn ingest_share(&self) -> usize {
+        let all = self.host.tier.slab.ingest_segments().len();
+        (all / self.attachments.local_count().max(1)).max(1)
+    }
+
+    /// Has an ingest segment made, or, when there are as many as may be, takes one from a client that has none of its blocks there, or
+    /// more segments than its part.
+    fn want_ingest_segment(&mut self) {
+        let share = self.ingest_share();
+        let slab = &self.host.tier.slab;
+        let ingest = &self.ingest;
+        let absent = |segment: &u32| slab.is_retired(*segment) && !ingest.coming.contains(segment);
+        if let Some(segment) =
+            slab.ingest_segments().find(|segment| absent(segment) && !ingest.dropped.contains(segment))
+        {
+            self.ingest.coming.insert(segment);
+            // Before the rest of the arena: somebody waits for it.
+            return self.to_prepare.push_front((segment, false));
+        }
+        if slab.ingest_segments().any(|segment| slab.is_draining(segment)) {
+            return;
+        }
+        let owned = slab.shelves().filter(|(shelf, owner)| owner.writer.is_some() && slab.shelf_size(*shelf).0 > 0);
+        let shelves: Vec<(ShelfId, Owner, u64)> =
+            owned.map(|(shelf, owner)| (shelf, owner, slab.shelf_size(shelf).1)).collect();
+        let idle = shelves.iter().find(|(.., used)| *used == 0);
+        let rich = || shelves.iter().find(|(_, owner, _)| segments_of(slab, owner.writer) > share);
+        let Some(&(donor, ..)) = idle.or_else(rich) else { return };
+        if let Some((segment, true)) = self.host.tier.slab.drain_emptiest(donor) {
+            self.segment_retired(Place::Host, segment);
+        }
+    }
+
+    /// An ingest segment was made.
+    pub(super) fn ingest_segment_ready(&mut self, segment: u32) {
+        self.ingest.coming.remove(&segment);
+    }
+
+    /// An ingest segment lost its last slot: its memory goes, for its client may write there for ever.
+    pub(super) fn ingest_segment_retired(&mut self, segment: u32) {
+        self.ingest.dropped.push(segment);
+    }
+
+    /// Whether a block in host memory lies where a client may write.
+    pub(super) fn is_ingest(&self, node: NodeId) -> bool {
+        let slab = &self.host.tier.slab;
+        self.index.node(node).copy(Place::Host).is_some_and(|first| slab.chain(first).any(|slot| slab.is_ingest(slot)))
+    }
+
+    /// A block that was committed in place is to be copied to shared memory.
+    pub(super) fn promote(&mut self, node: NodeId) {
+        self.promotion(node);
+    }
+
+    /// An acquire waits until the block is in shared memory.
+    pub(super) fn promote_for(&mut self, node: NodeId, request: RequestId, at: usize) {
+        self.promotion(node).waiters.push((request, at));
+    }
+
+    /// A durable waits until the block is in shared memory, and then written back. A key given twice waits once.
+    pub(super) fn promote_durably(&mut self, node: NodeId, request: RequestId) -> bool {
+        let durables = &mut self.promotion(node).durables;
+        let is_new = durables.last() != Some(&request);
+        if is_new {
+            durables.push(request);
+        }
+        is_new
+    }
+
+    fn promotion(&mut self, node: NodeId) -> &mut Promotion {
+        let Ingest { promotions, queue, is_blocked, .. } = &mut self.ingest;
+        promotions.entry(node).or_insert_with(|| {
+            queue.push_back(node);
+            *is_blocked = false;
+            Promotion::default()
+        })
+    }
+
+    /// A copy leaves host memory: it is not promoted any more.
+    pub(super) fn cancel_promotion(&mut self, node: NodeId) {
+        match self.ingest.promotions.get_mut(&node) {
+            Some(promotion) if !promotion.slots.is_empty() => promotion.cancelled = true,
+            Some(_) => {
+                self.ingest.queue.retain(|&queued| queued != node);
+                self.ingest.lost.extend(self.ingest.promotions.remove(&node));
+            }
+            None => {}
+        }
+    }
+
+    /// Begins to copy what finds room, in the order in which it was committed; drops segments; tells who waited for what was lost.
+    pub(super) fn pump_ingest(&mut self, actions: &mut Actions) {
+        for promotion in std::mem::take(&mut self.ingest.lost) {
+            self.promotion_failed(promotion, actions);
+        }
+        for segment in std::mem::take(&mut self.ingest.dropped) {
+            actions.push(Action::DropSegment(segment));
+            // Whoever waits for a segment asks again.
+            self.room_made = true;
+        }
+        self.ingest.is_blocked &= !self.room_made;
+        let mut skipped = VecDeque::new();
+        while !self.ingest.is_blocked
+            && self.ingest.in_flight < limits::PROMOTIONS_MAX
+            && skipped.len() < PROMOTION_STEPS
+        {
+            let Some(node) = self.ingest.queue.pop_front() else { break };
+            if !self.begin_promotion(node, actions) {
+                skipped.push_back(node);
+            }
+        }
+        self.ingest.is_blocked |= !skipped.is_empty();
+        for node in skipped.into_iter().rev() {
+            // Making room for one may have cost another, or the block itself.
+            if self.ingest.promotions.contains_key(&node) {
+                self.ingest.queue.push_front(node);
+            }
+        }
+    }
+
+    fn begin_promotion(&mut self, node: NodeId, actions: &mut Actions) -> bool {
+        let Some(first) = self.index.node(node).copy(Place::Host) else { return false };
+        let from: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
+        // Being read protects the copy from the search for victims that follows, and until it has been copied.
+        for &slot in &from {
+            self.read(Place::Host, slot);
+        }
+        let mut to: Vec<SlotId> = Vec::new();
+        for &slot in &from {
+            let slab = &self.host.tier.slab;
+            let Owner { tenant, slot_bytes, .. } = slab.owner(slab.shelf_of(slot));
+            let shard = (slab.slot(slot).shard_index, slab.slot(slot).shard_count);
+            match self.allocate(Place::Host, Owner::shared(tenant, slot_bytes), node, DAEMON, shard) {
+                Ok(slot) => to.push(slot),
+                Err(_) => break,
+            }
+        }
+        // Making room may have cost the block itself, if it was dead.
+        let is_lost = !self.ingest.promotions.contains_key(&node);
+        if to.len() < from.len() || is_lost {
+            for slot in to {
+                self.give_back(Place::Host, slot);
+            }
+            for slot in from {
+                self.unread(Place::Host, slot);
+            }
+            if is_lost {
+                self.index.forget_if_unused(node);
+            }
+            return false;
+        }
+        for (&slot, next) in to.iter().zip(to.iter().skip(1).chain([&SlotId::NONE])) {
+            self.host.tier.slab.slot_mut(slot).next = *next;
+        }
+        self.index.set_filling(node, to[0]);
+        for (&from, &to) in from.iter().zip(&to) {
+            let expected = self.expected(node, from);
+            let id = self.name_transfer(0, Lane::WriteBack, Job::Promote { node, from, to });
+            let (from, to) = (self.host.extent(from), self.host.extent(to));
+            actions.push(Action::Promote { id, from, to, expected });
+        }
+        self.ingest.in_flight += from.len();
+        let promotion = self.ingest.promotions.get_mut(&node).expect("what is in the queue is to be promoted");
+        promotion.parts_left = from.len();
+        promotion.slots = from.into_iter().zip(to).collect();
+        true
+    }
+
+    fn expected(&self, node: NodeId, slot: SlotId) -> Expected {
+        let record = self.host.tier.slab.slot(slot);
+        let shard = shard_of(record.shard_index, record.shard_count);
+        let known = self.index.namespaces.get(self.index.node(node).namespace).known.as_ref();
+        let known = known.expect("what was put has a layout");
+        Expected {
+            seed: sum::seed(&self.index.node(node).key, shard, known.fingerprint),
+            root: record.root,
+            payload_bytes: known.layout.shard_bytes(shard.count) as u32,
+        }
+    }
+
+    pub(super) fn promote_done(
+        &mut self,
+        (node, from, to): (NodeId, SlotId, SlotId),
+        outcome: Outcome,
+        actions: &mut Actions,
+    ) {
+        self.ingest.in_flight -= 1;
+        let root = self.host.tier.slab.slot(from).root;
+        let promotion = self.ingest.promotions.get_mut(&node).expect("a promotion's copies end before it does");
+        promotion.parts_left -= 1;
+        match outcome {
+            Outcome::Done(sums) => {
+                self.host.set_sums(to, &sums);
+                self.host.tier.slab.slot_mut(to).root = root;
+                self.counters.promoted_bytes += u64::from(self.host.tier.slab.slot_bytes(to));
+            }
+            Outcome::Mismatch | Outcome::Failed(_) => promotion.is_bad = true,
+        }
+        if promotion.parts_left == 0 {
+            self.promotion_ended(node, actions);
+        }
+    }
+
+    fn promotion_ended(&mut self, node: NodeId, actions: &mut Actions) {
+        let promotion = self.ingest.promotions.remove(&node).expect("it just ended");
+        if promotion.is_bad && !promotion.cancelled {
+            self.counters.sum_mismatches += 1;
+            let message = "a block committed in place is not what its client said: a miss";
+            actions.push(Action::Warn(message.to_owned()));
+            for slot in self.withdraw(node, Place::Host) {
+                self.give_back(Place::Host, slot);
+            }
+        }
+        for &(from, _) in &promotion.slots {
+            self.unread(Place::Host, from);
+        }
+        if promotion.is_bad || promotion.cancelled {
+            for &(_, to) in &promotion.slots {
+                self.give_back(Place::Host, to);
+            }
+            self.index.set_filling(node, SlotId::NONE);
+            return self.promotion_failed(promotion, actions);
+        }
+        for &(_, to) in &promotion.slots {
+            self.host.tier.slab.slot_mut(to).state = SlotState::Resident;
+        }
+        self.move_copy(node, &promotion.slots);
+        for (request, at) in promotion.waiters {
+            self.acquire_arrived(request, at, Ok((node, Place::Host)), actions);
+        }
+        // Who waits for its write-back is told by that; the others get it for nothing.
+        let is_wanted = !promotion.durables.is_empty();
+        let is_written = self.write_back(node, is_wanted);
+        for request in promotion.durables {
+            match self.writing.get(&node).filter(|_| is_written).and_then(|id| self.write_backs.get_mut(id)) {
+                Some(write_back) => write_back.waiters.push(request),
+                None => self.durable_part_ended(request),
+            }
+        }
+    }
+
+    /// The block is read from its shared slots from now on; who still reads the others gives them back.
+    fn move_copy(&mut self, node: NodeId, slots: &[(SlotId, SlotId)]) {
+        let first = slots[0].1;
+        let shelf = self.host.tier.slab.shelf_of(first);
+        for &(from, _) in slots {
+            let record = self.host.tier.slab.slot_mut(from);
+            record.node = NodeId::NONE;
+            let users = record.readers;
+            self.index.end_use(node, users);
+        }
+        self.index.move_copy(node, Place::Host, first, shelf, self.now_ms);
+        self.index.set_filling(node, SlotId::NONE);
+        for &(from, _) in slots {
+            self.give_back(Place::Host, from);
+        }
+    }
+
+    fn promotion_failed(&mut self, promotion: Promotion, actions: &mut Actions) {
+        for (request, at) in promotion.waiters {
+            self.acquire_arrived(request, at, Err(AcquireEnd::Miss), actions);
+        }
+        for request in promotion.durables {
+            self.durable_part_ended(request);
+        }
+    }
+
+    /// A client that writes in place is gone, for certain: what its group began is ended, and its segments are given up once their
+    /// blocks have been copied out.
+    pub(super) fn member_gone(&mut self, attachment: AttachmentId) {
+        let Some((group, is_last)) = self.attachments.local_gone(attachment) else { return };
+        let ended: Vec<(Hold, Right)> = self
+            .grants
+            .all()
+            .filter(|(_, grant)| grant.holder.group == group && (is_last || grant.right == Right::Reservation))
+            .map(|(hold, grant)| (hold, grant.right))
+            .collect();
+        for (hold, right) in ended {
+            match right {
+                Right::Reservation => self.abort(By::Daemon, &[hold]),
+                Right::Lease => self.release(By::Daemon, &[hold]),
+            }
+        }
+        let slab = &self.host.tier.slab;
+        let shelves: Vec<ShelfId> =
+            slab.shelves().filter(|(_, owner)| owner.writer == Some(attachment)).map(|(shelf, _)| shelf).collect();
+        for shelf in shelves {
+            // Blocks of which a shard will never come.
+            let slab = &self.host.tier.slab;
+            let filling = |slot: &SlotId| {
+                let record = slab.slot(*slot);
+                let stands = record.state == SlotState::Resident && !record.doomed && record.node != NodeId::NONE;
+                stands && self.index.node(record.node).copy(Place::Host).is_none()
+            };
+            let half: BTreeSet<NodeId> =
+                slab.slots_of(shelf).filter(filling).map(|slot| slab.slot(slot).node).collect();
+            for node in half {
+                self.drop_filling(node);
+            }
+            for segment in self.host.tier.slab.segments_of(shelf) {
+                if self.host.tier.slab.drain(segment) {
+                    self.segment_retired(Place::Host, segment);
+                }
+            }
+            self.host.tier.slab.give_up(shelf);
+        }
+    }
+}
+
+fn segments_of(slab: &crate::tier::slab::Slab, writer: Option<AttachmentId>) -> usize {
+    let own = slab.shelves().filter(|(_, owner)| owner.writer == writer);
+    own.map(|(shelf, _)| slab.shelf_size(shelf).0).sum()
+}
