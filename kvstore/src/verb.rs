@@ -232,6 +232,8 @@ pub struct Attached {
     pub tenant: String,
     /// Bytes of a whole block.
     pub block_bytes: u64,
+    /// Most bytes of host memory that the tenant may have, if that is bounded.
+    pub host_quota_bytes: Option<u64>,
 }
 
 /// To `Lookup`.

@@ -124,6 +124,11 @@ impl Attachments {
         (attachment.tenant == tenant).then_some(attachment)
     }
 
+    /// Whether anybody is attached to a namespace.
+    pub fn is_attached(&self, namespace: NamespaceId) -> bool {
+        self.attachments.values().any(|(attachment, _)| attachment.namespace == namespace)
+    }
+
     /// Whether there is one of that name.
     pub fn has(&self, id: AttachmentId) -> bool {
         self.attachments.contains_key(&id)

@@ -15,7 +15,8 @@ pub struct Worth {
 #[derive(Debug)]
 struct Budget {
     bytes_per_day: u64,
-    saved_bytes: u64,
+    /// Below zero when more was written than was saved up.
+    saved_bytes: i64,
     filled_ms: u64,
 }
 
@@ -28,7 +29,7 @@ impl Worth {
     pub fn new(bytes_per_day: Option<u64>) -> Self {
         let budget = bytes_per_day.map(|bytes_per_day| Budget {
             bytes_per_day,
-            saved_bytes: Budget::saved_bytes_max(bytes_per_day),
+            saved_bytes: Budget::saved_bytes_max(bytes_per_day) as i64,
             filled_ms: 0,
         });
         Self { budget, lost: vec![0; LOST_MAX] }
@@ -39,11 +40,19 @@ impl Worth {
         let Some(budget) = &mut self.budget else { return true };
         budget.fill(now_ms);
         let reserve = if reused { 0 } else { Budget::saved_bytes_max(budget.bytes_per_day) / 2 };
-        if budget.saved_bytes < reserve + bytes {
+        if i128::from(budget.saved_bytes) < i128::from(reserve) + i128::from(bytes) {
             return false;
         }
-        budget.saved_bytes -= bytes;
+        budget.saved_bytes = budget.saved_bytes.saturating_sub_unsigned(bytes);
         true
+    }
+
+    /// Bytes are written whatever is left of the budget: they are missing later.
+    pub fn charge(&mut self, bytes: u64, now_ms: u64) {
+        if let Some(budget) = &mut self.budget {
+            budget.fill(now_ms);
+            budget.saved_bytes = budget.saved_bytes.saturating_sub_unsigned(bytes);
+        }
     }
 
     /// The most bytes of a block that may ever be written, unless somebody waits for it.
@@ -72,14 +81,15 @@ impl Worth {
 impl Budget {
     /// What can be saved up: an hour's worth.
     fn saved_bytes_max(bytes_per_day: u64) -> u64 {
-        bytes_per_day / 24
+        (bytes_per_day / 24).min(i64::MAX as u64)
     }
 
     fn fill(&mut self, now_ms: u64) {
         let elapsed_ms = now_ms - self.filled_ms;
         let earned = (u128::from(self.bytes_per_day) * u128::from(elapsed_ms) / u128::from(DAY_MS)) as u64;
         if earned > 0 {
-            self.saved_bytes = (self.saved_bytes + earned).min(Self::saved_bytes_max(self.bytes_per_day));
+            let max = Self::saved_bytes_max(self.bytes_per_day) as i64;
+            self.saved_bytes = self.saved_bytes.saturating_add_unsigned(earned).min(max);
             self.filled_ms = now_ms;
         }
     }

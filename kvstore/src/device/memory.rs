@@ -87,6 +87,7 @@ impl Arena {
         segment_bytes_check(segment_bytes)?;
         let segments = (0..segment_count)
             .map(|_| MmapOptions::new().len(segment_bytes as usize).no_reserve_swap().map_anon().map(MmapRaw::from))
+            .map(not_for_children)
             .collect::<io::Result<Vec<_>>>()?;
         Ok(Self { segment_bytes, segments, ingest: Vec::new(), huge_pages_allowed: huge_pages_allowed() })
     }
@@ -110,6 +111,7 @@ impl Arena {
         let file = shared.writable().as_raw_fd();
         let segments = (0..u64::from(segment_count))
             .map(|i| MmapOptions::new().offset(i * segment_bytes).len(segment_bytes as usize).map_raw(file))
+            .map(not_for_children)
             .collect::<io::Result<Vec<_>>>()?;
         let ingest = (0..ingest_count).map(|_| RwLock::default()).collect();
         Ok(Self { segment_bytes, segments, ingest, huge_pages_allowed: shared.huge_pages_allowed() })
@@ -135,17 +137,15 @@ impl Arena {
         (self.segment_count()..self.segment_count() + self.ingest_count()).contains(&segment)
     }
 
-    /// Makes a segment fit for use: huge pages and no inheritance by forked children where the system knows them, pages made now rather
-    /// than at first use, locked where allowed. Takes seconds per GiB. What it holds it keeps, and a fresh one holds zeros. Once per
-    /// segment, before anybody here uses it.
+    /// Makes a segment fit for use: huge pages where the system has them, pages made now rather than at first use, locked where allowed.
+    /// Takes seconds per GiB. What it holds it keeps, and a fresh one holds zeros. Once per segment, before anybody here uses it.
     ///
     /// # Panics
-    /// For an ingest place, as do all but [`Arena::read`], [`Arena::fragment_sums`] and [`Arena::promote`].
+    /// For an ingest place, as does whatever writes there or hands out its address.
     pub fn prepare(&self, segment: u32) -> Prepared {
         let memory = self.segment(segment);
         let huge_pages =
             self.huge_pages_allowed && self.segment_bytes >= HUGE_PAGE_BYTES && memory.advise(Advice::HugePage).is_ok();
-        not_for_children(memory, segment);
         let populated = populate(memory, Advice::PopulateWrite);
         if let Err(error) = &populated {
             tracing::warn!(
@@ -176,8 +176,7 @@ impl Arena {
                 format!("a piece of {bytes} bytes does not fit into a segment of {segment_bytes}: divide it"),
             ));
         }
-        let memory = file.map(offset, bytes as usize)?;
-        not_for_children(&memory, segment);
+        let memory = not_for_children(file.map(offset, bytes as usize))?;
         populate(&memory, Advice::PopulateRead)?;
         let locked = memory.lock().is_ok();
         let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
@@ -343,11 +342,11 @@ fn segment_bytes_check(segment_bytes: u64) -> io::Result<()> {
     ))
 }
 
-/// Keeps memory from children that this process forks: they would hold it, and be able to write it, for as long as they live.
-fn not_for_children(memory: &MmapRaw, segment: u32) {
-    if let Err(error) = memory.advise(Advice::DontFork) {
-        tracing::warn!(segment, %error, "a forked child would inherit payload memory: the system refuses MADV_DONTFORK");
-    }
+/// Keeps a mapping from children that this process forks: they would hold it, and be able to write it, for as long as they live.
+fn not_for_children(memory: io::Result<MmapRaw>) -> io::Result<MmapRaw> {
+    let memory = memory?;
+    memory.advise(Advice::DontFork)?;
+    Ok(memory)
 }
 
 /// Makes all pages of a mapping, for reading or for writing.

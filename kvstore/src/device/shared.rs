@@ -2,7 +2,7 @@
 //!
 //! A descriptor opened for reading protects nothing by itself: whoever holds it reopens it for writing through `/proc/self/fd`. So the
 //! file lies on a tmpfs that is mounted twice, writable and read-only, in a namespace that ends with the process that made it (see
-//! [`helper`]). Clients get a descriptor that came through the read-only mount; there, writing is refused to root too. Refused: a memfd
+//! `shared/helper.rs`). Clients get a descriptor that came through the read-only mount; there, writing is refused to root too. Refused: a memfd
 //! with `F_SEAL_FUTURE_WRITE`, which would lock out the daemon's next worker as well.
 
 mod helper;

@@ -122,7 +122,7 @@ impl Index {
             orders: [Box::new(Lru::default()), Box::new(Lru::default())],
             dead: Vec::new(),
             blocks: [0; 2],
-            namespaces: Namespaces::default(),
+            namespaces: Namespaces::new(tenant_count),
             events: Events::new(tenant_count),
         }
     }

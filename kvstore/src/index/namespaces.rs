@@ -36,8 +36,10 @@ pub struct Known {
 }
 
 /// All namespaces.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Namespaces {
+    /// Namespaces of one tenant.
+    tenant_max: usize,
     records: Vec<NamespaceRecord>,
     by_tag: HashMap<(Option<TenantId>, [u8; 16]), NamespaceId>,
 }
@@ -77,13 +79,18 @@ pub enum NamespaceError {
     },
     /// The table is full.
     #[error(
-        "{} namespaces were attached to since the start, and no more fit until the daemon is restarted",
-        limits::NAMESPACES_MAX
+        "this tenant has attached to {0} namespaces since the start, and no more fit until the daemon is restarted"
     )]
-    Full,
+    Full(usize),
 }
 
 impl Namespaces {
+    /// None yet; each of the tenants may have its part of them.
+    pub fn new(tenant_count: usize) -> Self {
+        let tenant_max = limits::NAMESPACES_MAX / tenant_count.max(1);
+        Self { tenant_max, records: Vec::new(), by_tag: HashMap::new() }
+    }
+
     /// The namespace's record.
     pub fn get(&self, namespace: NamespaceId) -> &NamespaceRecord {
         &self.records[namespace.0 as usize]
@@ -99,26 +106,30 @@ impl Namespaces {
         self.records.iter()
     }
 
-    /// Attaches to a namespace, which exists afterwards; tells whether nobody did so before.
+    /// Attaches to a namespace, which exists afterwards; tells whether nobody did so before, or not in this shape. A layout stands as long
+    /// as the namespace has blocks, or anybody `is_attached`.
     pub fn attach(
         &mut self,
         tenant: TenantId,
         namespace: Namespace,
         layout: BlockLayout,
         root: BlockKey,
+        is_attached: impl Fn(NamespaceId) -> bool,
     ) -> Result<(NamespaceId, bool), NamespaceError> {
         let owner = (!namespace.public).then_some(tenant);
         let id = self.find_or_add(owner, tenant, root.tag())?;
         let record = self.get_mut(id);
         match &record.known {
-            Some(known) if known.layout != layout => Err(NamespaceError::LayoutDiffers {
-                model: namespace.model,
-                theirs: known.layout.block_bytes(),
-                their_layout: format!("{:?}", known.layout.form),
-                ours: layout.block_bytes(),
-                our_layout: format!("{:?}", layout.form),
-            }),
-            Some(_) => Ok((id, false)),
+            Some(known) if known.layout != layout && (record.blocks > 0 || is_attached(id)) => {
+                Err(NamespaceError::LayoutDiffers {
+                    model: namespace.model,
+                    theirs: known.layout.block_bytes(),
+                    their_layout: format!("{:?}", known.layout.form),
+                    ours: layout.block_bytes(),
+                    our_layout: format!("{:?}", layout.form),
+                })
+            }
+            Some(known) if known.layout == layout => Ok((id, false)),
             None if record.blocks > 0 && record.found_layout != Some(layout.fingerprint()) => {
                 Err(NamespaceError::FoundLayoutDiffers {
                     model: namespace.model,
@@ -126,7 +137,8 @@ impl Namespaces {
                     ours: layout.block_bytes(),
                 })
             }
-            None => {
+            // Nobody has a block of it, or is attached to it, in the shape that was agreed on before.
+            _ => {
                 record.known = Some(Known { namespace, root, layout, fingerprint: layout.fingerprint() });
                 Ok((id, true))
             }
@@ -155,8 +167,9 @@ impl Namespaces {
         if let Some(&id) = self.by_tag.get(&(owner, tag)) {
             return Ok(id);
         }
-        if self.records.len() >= limits::NAMESPACES_MAX {
-            return Err(NamespaceError::Full);
+        let own = self.records.iter().filter(|record| record.tenant == tenant).count();
+        if own >= self.tenant_max {
+            return Err(NamespaceError::Full(own));
         }
         let id = NamespaceId(self.records.len() as u32);
         self.records.push(NamespaceRecord { tenant, tag, known: None, found_layout: None, blocks: 0 });

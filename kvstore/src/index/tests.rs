@@ -14,7 +14,7 @@ fn index() -> (Index, NamespaceId, BlockKey) {
     let mut index = Index::new(1, 7);
     let namespace = Namespace::text("model", "bf16", 4);
     let root = namespace.root(&TenantSalt::PUBLIC);
-    let attached = index.namespaces.attach(TenantId(0), namespace, BlockLayout::opaque(4096), root);
+    let attached = index.namespaces.attach(TenantId(0), namespace, BlockLayout::opaque(4096), root, |_| true);
     (index, attached.expect("the first namespace").0, root)
 }
 

@@ -48,7 +48,8 @@ impl Core {
             return Reply::refused(RefusalKind::Contradiction, message);
         }
         let tenant_config = &self.config.tenants[tenant.0 as usize];
-        let (salt, name) = (tenant_config.salt, tenant_config.name.clone());
+        let (salt, name, host_quota_bytes) =
+            (tenant_config.salt, tenant_config.name.clone(), tenant_config.host_quota_bytes);
         let root = namespace.root(&salt);
         if let Some(theirs) = expected_root.filter(|theirs| *theirs != root) {
             let message = format!(
@@ -65,7 +66,11 @@ impl Core {
             };
             return Reply::refused(kind, error.to_string());
         }
-        let (id, is_first) = match self.index.namespaces.attach(tenant, namespace.clone(), layout, root) {
+        let (id, is_first) = match self
+            .index
+            .namespaces
+            .attach(tenant, namespace.clone(), layout, root, |id| self.attachments.is_attached(id))
+        {
             Ok(attached) => attached,
             Err(error) => return Reply::refused(RefusalKind::Contradiction, error.to_string()),
         };
@@ -79,6 +84,7 @@ impl Core {
             salt: *salt.as_bytes(),
             tenant: name,
             block_bytes: layout.block_bytes(),
+            host_quota_bytes,
         }))
     }
 

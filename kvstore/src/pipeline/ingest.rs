@@ -134,7 +134,7 @@ impl Core {
         let idle = shelves.iter().find(|(.., used)| *used == 0);
         let rich = || shelves.iter().find(|(_, owner, _)| segments_of(slab, owner.writer) > share);
         let Some(&(donor, ..)) = idle.or_else(rich) else { return };
-        if let Some((segment, true)) = self.host.tier.slab.drain_emptiest(donor) {
+        if let Some((segment, true)) = self.host.tier.slab.drain_emptiest(donor, |_| true) {
             self.segment_retired(Place::Host, segment);
         }
     }

@@ -28,6 +28,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use tender_proto::TenantSalt;
 
 use self::ingest::Ingest;
+use self::put::Partials;
 use crate::admission::attachments::Attachments;
 use crate::admission::grants::Grants;
 use crate::admission::worth::Worth;
@@ -158,6 +159,9 @@ enum Job {
 struct Draining {
     segment: u32,
     next_place: u32,
+    /// Used slots, and since when it was so many.
+    used: u64,
+    since_ms: u64,
     /// The pass over its slots is not at its end; afterwards a tick begins the next one.
     more: bool,
 }
@@ -186,15 +190,16 @@ pub struct Core {
     /// Bytes that groups lease in place.
     leased_bytes: HashMap<GroupId, u64>,
     pending: Pending,
-    /// Incomplete blocks: when they are given up, the node, and a slot with its generation, which tell whether it is still the
-    /// same attempt.
-    partial: VecDeque<(u64, NodeId, SlotId, u32)>,
+    /// Incomplete blocks.
+    partials: Partials,
     /// Segments of the arena to be prepared, and whether they were used before. One at a time.
     to_prepare: VecDeque<(u32, bool)>,
     preparing: bool,
     /// Whether any segment of the arena was prepared yet.
     serves: bool,
     draining: [Option<Draining>; 2],
+    /// Segments that could not be drained, by tier and number: left alone until then.
+    stuck: [BTreeMap<u32, u64>; 2],
     directory_ms: u64,
     /// Room was made since requests that wait for it were last tried.
     room_made: bool,
@@ -242,11 +247,12 @@ impl Core {
             ingest: Ingest::default(),
             leased_bytes: HashMap::new(),
             pending: Pending::default(),
-            partial: VecDeque::new(),
+            partials: Partials::default(),
             to_prepare: (0..config.host_segment_count).map(|segment| (segment, false)).collect(),
             preparing: false,
             serves: false,
             draining: [None; 2],
+            stuck: Default::default(),
             directory_ms: 0,
             room_made: false,
             stopping: false,

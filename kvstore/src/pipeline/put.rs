@@ -3,17 +3,23 @@
 use tender_proto::{BlockKey, Shard, sum};
 
 use super::Core;
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::attach::Under;
 use super::room::NoSlot;
 use crate::admission::grants::{Grant, Right};
 use crate::completion::Patience;
+use crate::limits;
 use crate::names::{AttachmentId, By, Door, Hold, Holder, NodeId, Place, SlotId, TenantId};
 use crate::tier;
-use crate::tier::slab::{Owner, SlotState};
+use crate::tier::slab::{Owner, ShelfId, SlotState};
 use crate::verb::{CommitOutcome, Filled, Reply, Request, ReserveOutcome, Verb};
 
 /// An incomplete block is given up when nothing was added to it for so long.
 const PARTIAL_MS: u64 = 60_000;
+
+/// Ranks of one engine put their shards within this time of each other.
+const RANKS_MS: u64 = 1_000;
 
 impl Core {
     /// Reserves, or waits for a while until it can, holding nothing meanwhile; `None` when the request waits.
@@ -26,8 +32,11 @@ impl Core {
         let may_wait = deadline_ms > self.now_ms && self.is_patient(patience);
         let under = Under { holder: Holder { door, ..under.holder }, ..under };
         let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
+        // What holds the quota may be about to go, as what holds the room.
+        let is_refusal =
+            |outcome: &ReserveOutcome| matches!(outcome, ReserveOutcome::NoRoom | ReserveOutcome::OverQuota);
         let is_short = outcomes.contains(&ReserveOutcome::NoRoom);
-        let got_nothing = outcomes.first() == Some(&ReserveOutcome::NoRoom);
+        let got_nothing = outcomes.first().is_some_and(is_refusal);
         let wait = match door {
             Door::Stream => is_short && self.memory_is_coming() || got_nothing && self.room_is_coming(),
             Door::Ring => got_nothing && self.ingest.is_coming(),
@@ -175,8 +184,7 @@ impl Core {
         self.counters.put_blocks += 1;
         self.counters.put_bytes += u64::from(self.host.tier.slab.slot_bytes(slot));
         if !self.publish_if_whole(node) {
-            let generation = self.host.tier.slab.slot(slot).generation;
-            self.partial.push_back((self.now_ms + PARTIAL_MS, node, slot, generation));
+            self.partials.insert(node, self.now_ms + PARTIAL_MS, slot);
             return CommitOutcome::ShardStored;
         }
         CommitOutcome::Stored
@@ -198,6 +206,7 @@ impl Core {
         let block_bytes = self.block_bytes(node);
         self.index.publish(node, Place::Host, slots[0], shelf, block_bytes, self.now_ms);
         self.index.set_filling(node, SlotId::NONE);
+        self.partials.remove(node);
         if self.worth.was_lost(&self.index.node(node).key) {
             self.index.node_mut(node).reused = true;
         }
@@ -238,6 +247,7 @@ impl Core {
 
     /// Takes a half-filled block back: committed shards are freed, shards being written when their writer is done.
     pub(super) fn drop_filling(&mut self, node: NodeId) {
+        self.partials.remove(node);
         let slots: Vec<SlotId> = self.host.tier.slab.chain(self.index.node(node).filling).collect();
         for slot in slots {
             let record = self.host.tier.slab.slot_mut(slot);
@@ -249,24 +259,58 @@ impl Core {
         self.index.set_filling(node, SlotId::NONE);
     }
 
+    /// Gives up blocks to which nothing was added for long.
     pub(super) fn give_up_partial(&mut self) {
-        while let Some(&(deadline_ms, node, slot, generation)) = self.partial.front() {
-            if deadline_ms > self.now_ms {
-                return;
-            }
-            self.partial.pop_front();
-            // A shard that came later counts for its whole block.
-            if self.partial.iter().any(|(_, later, ..)| *later == node) {
-                continue;
-            }
-            let slab = &self.host.tier.slab;
-            let record = slab.standing(slot, generation);
-            let still = record.is_some_and(|record| record.node == node && record.state == SlotState::Resident)
-                && slab.chain(self.index.node(node).filling).any(|filling| filling == slot);
-            if still {
-                self.drop_filling(node);
-            }
+        while let Some(node) = self.partials.overdue(self.now_ms) {
+            self.drop_filling(node);
         }
+    }
+
+    /// Gives up the oldest half-filled block of a shelf, unless its ranks may still be at it.
+    pub(super) fn drop_oldest_partial(&mut self, shelf: ShelfId) -> bool {
+        let slab = &self.host.tier.slab;
+        let old = self.partials.older_than(self.now_ms + PARTIAL_MS - RANKS_MS).take(limits::VICTIM_STEPS_MAX);
+        let oldest = old.filter(|(_, slot)| slab.shelf_of(*slot) == shelf).map(|(node, _)| node).next();
+        oldest.inspect(|&node| self.drop_filling(node)).is_some()
+    }
+}
+
+/// Blocks of which some shards are there and others are not: each once, with the time when it is given up.
+#[derive(Debug, Default)]
+pub(super) struct Partials {
+    /// With the slot of the shard that came last.
+    by_node: BTreeMap<NodeId, (u64, SlotId)>,
+    by_deadline: BTreeSet<(u64, NodeId)>,
+}
+
+impl Partials {
+    /// A shard was added.
+    fn insert(&mut self, node: NodeId, deadline_ms: u64, slot: SlotId) {
+        self.remove(node);
+        self.by_node.insert(node, (deadline_ms, slot));
+        self.by_deadline.insert((deadline_ms, node));
+    }
+
+    /// The block is whole, or given up.
+    fn remove(&mut self, node: NodeId) {
+        if let Some((deadline_ms, _)) = self.by_node.remove(&node) {
+            self.by_deadline.remove(&(deadline_ms, node));
+        }
+    }
+
+    /// Whether a block is one of them.
+    pub(super) fn has(&self, node: NodeId) -> bool {
+        self.by_node.contains_key(&node)
+    }
+
+    fn overdue(&self, now_ms: u64) -> Option<NodeId> {
+        self.by_deadline.first().filter(|(deadline_ms, _)| *deadline_ms <= now_ms).map(|(_, node)| *node)
+    }
+
+    /// Those that are given up before that time, oldest first.
+    fn older_than(&self, deadline_ms: u64) -> impl Iterator<Item = (NodeId, SlotId)> {
+        let old = self.by_deadline.range(..(deadline_ms, NodeId(0)));
+        old.map(|&(_, node)| (node, self.by_node[&node].1))
     }
 }
 

@@ -6,7 +6,7 @@ use super::Core;
 use std::collections::HashMap;
 
 use crate::admission::grants::{Grant, Right};
-use crate::completion::Waiting;
+use crate::completion::{PurgeWait, Waiting};
 use crate::limits;
 use crate::names::{AttachmentId, Door, NodeId, Place, RequestId, TenantId};
 use crate::status::{CoreStatus, TenantStatus, TierStatus};
@@ -114,6 +114,12 @@ impl Core {
             Waiting::Acquire(wait) => self.acquired(wait),
             Waiting::Prefetch(wait) => Self::last_word(wait),
             Waiting::Durable(wait) => self.durable_reply(&wait),
+            Waiting::Purge(PurgeWait { walk: Some(_), purged_blocks, .. }) => Reply::refused(
+                crate::verb::RefusalKind::Busy,
+                format!(
+                    "{purged_blocks} blocks were purged by the deadline, and more are left; purge again, with a longer deadline"
+                ),
+            ),
             Waiting::Purge(_) => Reply::refused(
                 crate::verb::RefusalKind::Busy,
                 "purged from memory and index, but not yet on disk at the deadline; purge again to be sure that no crash brings it back",

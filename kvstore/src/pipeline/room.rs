@@ -21,6 +21,10 @@ pub(super) enum NoSlot {
 
 /// A shelf gives up a segment when its coldest block is unused for twice as long as the asking shelf's, and this much longer.
 const DRAIN_MARGIN_MS: u64 = 10_000;
+/// A segment that does not get emptier for so long is given up: somebody fills, reads or writes back what is left in it.
+const STUCK_MS: u64 = 1_000;
+/// And left alone for so long.
+const STUCK_PAUSE_MS: u64 = 10_000;
 /// Dead blocks dropped for one slot.
 const DEAD_PER_SLOT: usize = 8;
 /// Blocks written to disk for one slot before one is dropped without.
@@ -182,7 +186,10 @@ impl Core {
             }
         }
         self.drain_if_worth_it(place, shelf);
-        self.slab(place).has_room(shelf) || self.evict(place, shelf) || self.evict_below(place, shelf)
+        self.slab(place).has_room(shelf)
+            || self.evict(place, shelf)
+            || self.evict_below(place, shelf)
+            || place == Place::Host && self.drop_oldest_partial(shelf)
     }
 
     /// Evicts the coldest copy of a shelf that may go. In host memory, one that is not on disk yet is written there first if it is
@@ -268,38 +275,78 @@ impl Core {
         }
         let age = |shelf| self.index.coldest_use_ms(place, shelf).map(|used| self.now_ms - used);
         let slab = self.slab(place);
-        let others = slab.shelves().map(|(other, _)| other);
-        let is_donor =
-            |&other: &ShelfId| other != shelf && slab.shelf_size(other).0 > 0 && slab.owner(other).writer.is_none();
-        let donors = others.filter(is_donor);
-        let Some(donor) = donors.max_by_key(|&donor| age(donor).unwrap_or(u64::MAX)) else { return };
-        let worth_it = match (age(shelf), age(donor)) {
+        let tenant = slab.owner(shelf).tenant;
+        let size = |shelf: ShelfId| slab.shelf_size(shelf).0;
+        let own = slab.shelves().filter(|(_, owner)| owner.tenant == tenant && owner.writer.is_none());
+        let own_segments: usize = own.map(|(shelf, _)| size(shelf)).sum();
+        let share = (slab.segment_count() as usize / self.config.tenants.len().max(1)).max(1);
+        // The first segment of a size costs others nothing that they need not give: beyond its part a tenant takes it from its own.
+        let is_own_only = size(shelf) == 0 && own_segments >= share;
+        let is_donor = |&(other, owner): &(ShelfId, Owner)| {
+            other != shelf && size(other) > 0 && owner.writer.is_none() && (!is_own_only || owner.tenant == tenant)
+        };
+        let mut donors: Vec<ShelfId> = slab.shelves().filter(is_donor).map(|(donor, _)| donor).collect();
+        donors.sort_by_key(|&donor| std::cmp::Reverse(age(donor).unwrap_or(u64::MAX)));
+        let worth_it = |&donor: &ShelfId| match (age(shelf), age(donor)) {
             // A shelf without any segment must get one; one whose blocks are merely all in use waits for them.
-            (None, _) => self.slab(place).shelf_size(shelf).0 == 0,
-            (Some(_), None) => self.slab(place).shelf_size(donor).1 == 0,
+            (None, _) => size(shelf) == 0,
+            (Some(_), None) => slab.shelf_size(donor).1 == 0,
             (Some(own), Some(other)) => other > 2 * own + DRAIN_MARGIN_MS,
         };
-        if !worth_it {
-            return;
-        }
-        if let Some((segment, empty)) = self.tier_mut(place).slab.drain_emptiest(donor) {
+        donors.retain(worth_it);
+        let now_ms = self.now_ms;
+        self.stuck[place.at()].retain(|_, until_ms| *until_ms > now_ms);
+        let stuck = self.stuck[place.at()].clone();
+        for donor in donors {
+            let slab = &mut self.tier_mut(place).slab;
+            let Some((segment, empty)) = slab.drain_emptiest(donor, |segment| !stuck.contains_key(&segment)) else {
+                continue;
+            };
             if empty {
                 self.segment_retired(place, segment);
             } else {
-                self.draining[place.at()] = Some(Draining { segment, next_place: 0, more: true });
+                let used = self.slab(place).used_count(segment);
+                let draining = Draining { segment, next_place: 0, used, since_ms: now_ms, more: true };
+                self.draining[place.at()] = Some(draining);
             }
+            return;
         }
+    }
+
+    /// A segment that does not get emptier is in somebody's use: it stays whose it is, and another's turn comes.
+    fn give_up_stuck_drain(&mut self, place: Place) -> bool {
+        let now_ms = self.now_ms;
+        let Some(Draining { segment, used, since_ms, .. }) = self.draining[place.at()] else { return false };
+        let now_used = self.slab(place).used_count(segment);
+        if now_used < used {
+            if let Some(draining) = &mut self.draining[place.at()] {
+                (draining.used, draining.since_ms) = (now_used, now_ms);
+            }
+            return false;
+        }
+        if since_ms + STUCK_MS > now_ms {
+            return false;
+        }
+        self.tier_mut(place).slab.undrain(segment);
+        self.draining[place.at()] = None;
+        self.stuck[place.at()].insert(segment, now_ms + STUCK_PAUSE_MS);
+        self.room_made = true;
+        true
     }
 
     /// Frees what can be freed of segments that are to change owner.
     pub(super) fn go_on_draining(&mut self) {
         for place in [Place::Host, Place::Disk] {
-            let Some(Draining { segment, next_place, .. }) = self.draining[place.at()] else { continue };
+            if self.give_up_stuck_drain(place) {
+                continue;
+            }
+            let Some(draining) = self.draining[place.at()] else { continue };
+            let Draining { segment, next_place, .. } = draining;
             let slab = self.slab(place);
             let slots: Vec<SlotId> = slab.used_slots(segment, next_place).take(limits::CONTINUATION_BLOCKS).collect();
             let more = slots.len() == limits::CONTINUATION_BLOCKS;
             let next_place = if more { slots[slots.len() - 1].place() + 1 } else { 0 };
-            self.draining[place.at()] = Some(Draining { segment, next_place, more });
+            self.draining[place.at()] = Some(Draining { next_place, more, ..draining });
             for slot in slots {
                 self.drain_slot(place, slot);
             }
@@ -315,6 +362,9 @@ impl Core {
         let record = *slab.slot(slot);
         if record.state != SlotState::Resident || record.doomed || record.node == NodeId::NONE {
             return;
+        }
+        if place == Place::Host && self.partials.has(record.node) {
+            return self.drop_filling(record.node);
         }
         let node = self.index.node(record.node);
         let published = node.copy(place).is_some_and(|first| slab.chain(first).any(|other| other == slot));

@@ -37,6 +37,9 @@ impl Core {
             self.counters.write_backs_refused += 1;
             return false;
         }
+        if wanted {
+            self.worth.charge(bytes, self.now_ms);
+        }
         // Being read protects the copy from eviction until it is written.
         for &slot in &host_slots {
             self.read(Place::Host, slot);
@@ -283,6 +286,7 @@ impl Core {
                     let place = self.disk().page_place(name.segment, name.page, copy);
                     let id = self.name_transfer(place.file, Lane::WriteBack, Job::Page(name));
                     self.counters.directory_bytes += page.0.len() as u64;
+                    self.worth.charge(page.0.len() as u64, self.now_ms);
                     actions.push(Action::Start(place.file, id, Transfer::WritePage { offset: place.offset, page }));
                 }
                 Step::FlushAll => {

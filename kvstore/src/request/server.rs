@@ -144,7 +144,11 @@ impl BlocksServer {
             keys_max: limits::KEYS_MAX as u32,
             chunk_bytes_max: limits::CHUNK_BYTES_MAX as u64,
             request_bytes_max: limits::REQUEST_BYTES_MAX as u64,
-            put_bytes_max: self.windows.reserve_bytes(),
+            // Half of a quota, so that one put does not wait for what it holds itself.
+            put_bytes_max: attached
+                .host_quota_bytes
+                .map_or(u64::MAX, |quota| quota / 2)
+                .min(self.windows.reserve_bytes()),
         })
     }
 

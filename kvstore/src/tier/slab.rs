@@ -181,6 +181,11 @@ impl Slab {
         if !fits {
             return None;
         }
+        if self.free_shelves.is_empty() && self.shelves.len() == limits::SHELVES_MAX {
+            // One that holds nothing any more.
+            let unused = self.shelves().find(|(shelf, _)| self.shelves[shelf.0 as usize].segments.is_empty());
+            self.give_up(unused.map(|(shelf, _)| shelf)?);
+        }
         let empty = Shelf { owner, segments: Vec::new(), open: Vec::new(), used: 0 };
         let shelf = match self.free_shelves.pop() {
             Some(shelf) => {
@@ -439,9 +444,11 @@ impl Slab {
 
     /// Stops new blocks from entering the shelf's emptiest segment, so that it can change owner. Returns it, and whether it is empty
     /// already (and thus retired).
-    pub fn drain_emptiest(&mut self, shelf: ShelfId) -> Option<(u32, bool)> {
+    pub fn drain_emptiest(&mut self, shelf: ShelfId, may: impl Fn(u32) -> bool) -> Option<(u32, bool)> {
         let segments = &self.shelves[shelf.0 as usize].segments;
-        let segment = *segments.iter().min_by_key(|&&segment| self.segments[segment as usize].used)?;
+        let may_drain = |segment: &&u32| may(**segment) && !self.is_draining(**segment);
+        let segment =
+            *segments.iter().filter(may_drain).min_by_key(|&&segment| self.segments[segment as usize].used)?;
         Some((segment, self.drain(segment)))
     }
 
@@ -452,6 +459,23 @@ impl Slab {
         self.segments[segment as usize].free.clear();
         self.shelves[shelf.0 as usize].open.retain(|&open| open != segment);
         self.retire_if_drained(segment).is_some()
+    }
+
+    /// New blocks may enter a segment again.
+    pub fn undrain(&mut self, segment: u32) {
+        let record = &mut self.segments[segment as usize];
+        let SegmentState::Draining(shelf) = record.state else { return };
+        record.state = SegmentState::Owned(shelf);
+        let places = (0..record.slots.len() as u32).rev();
+        record.free = places.filter(|&place| record.slots[place as usize].state == SlotState::Free).collect();
+        if !record.free.is_empty() {
+            self.shelves[shelf.0 as usize].open.push(segment);
+        }
+    }
+
+    /// Used slots of a segment.
+    pub fn used_count(&self, segment: u32) -> u64 {
+        self.segments[segment as usize].used.into()
     }
 
     fn retire_if_drained(&mut self, segment: u32) -> Option<u32> {

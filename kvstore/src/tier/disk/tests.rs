@@ -17,7 +17,7 @@ fn a_segment_is_not_used_again_while_pages_are_on_their_way() {
     let Step::Write(name, _) = disk.directory.step() else { panic!("the first page is written") };
     disk.directory.written(name, 0);
 
-    assert_eq!(disk.tier.slab.drain_emptiest(shelf), Some((0, false)));
+    assert_eq!(disk.tier.slab.drain_emptiest(shelf, |_| true), Some((0, false)));
     let segment = disk.tier.release(slot).expect("that was its last slot");
     disk.retire(segment);
     disk.reuse_retired();
