@@ -174,6 +174,55 @@ fn bytes_and_tokens_that_do_not_belong_together_are_refused() {
 }
 
 #[test]
+fn a_put_of_too_few_or_too_many_bytes_leaves_nothing() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    let source = folder.path().join("source");
+    let put = |bytes: usize| {
+        fs::write(&source, vec![7; bytes]).unwrap();
+        let mut command = daemon.client("put");
+        command.args(MODEL).args(TOKENS).args(["--payload", "-", "--json"]);
+        run(command.stdin(fs::File::open(&source).unwrap()))
+    };
+    let found = || last_object(&run(daemon.client("lookup").args(MODEL).args(TOKENS).arg("--json")));
+    for (bytes, has) in [(0, "only 0"), (4096 * 2 + 1, "only 8193"), (4096 * 3 + 1, "more")] {
+        let output = put(bytes);
+        assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+        let said = stderr(&output);
+        let why = format!("standard input has {has} bytes, but the whole blocks of these tokens need 12288");
+        assert!(said.contains(&why) && said.contains("nothing was stored"), "{said}");
+        assert_eq!(found()["host_blocks"].as_u64(), Some(0), "{bytes}");
+    }
+    assert_eq!(last_object(&put(4096 * 3))["stored_blocks"].as_u64(), Some(3));
+    assert_eq!(found()["prefix_blocks"].as_u64(), Some(3));
+}
+
+#[test]
+fn a_put_that_runs_out_of_bytes_late_forgets_what_it_stored_and_nothing_else() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    wait_until("memory", || last_object(&run(daemon.client("status").arg("--json")))["tiers"][0]["state"] == "ready");
+    let source = folder.path().join("source");
+    // Blocks of 8 MiB: the command holds four of them at once.
+    let large = |subcommand: &str, tokens: &str, more: &[&str]| {
+        let mut command = daemon.client(subcommand);
+        command.args(["--model", "m", "--block-tokens", "1", "--block-bytes", "8MiB", "--tokens", tokens]).args(more);
+        command
+    };
+    let there = last_object(&run(&mut large("put", "1", &["--generate", "--json"])));
+    assert_eq!(there["stored_blocks"].as_u64(), Some(1), "{there}");
+    fs::write(&source, vec![7; (8 << 20) * 4 + 5]).unwrap();
+    let mut command = large("put", "1 2 3 4 5", &["--payload", "-"]);
+    let output = run(command.stdin(fs::File::open(&source).unwrap()));
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("only 33554437 bytes") && said.contains("need 41943040"), "{said}");
+    assert!(said.contains("the 3 blocks that this command had stored were purged"), "{said}");
+    let found = last_object(&run(&mut large("lookup", "1 2 3 4 5", &["--json"])));
+    assert_eq!((found["prefix_blocks"].as_u64(), found["host_blocks"].as_u64()), (Some(1), Some(1)), "{found}");
+}
+
+#[test]
 fn status_shows_a_table_or_an_object() {
     let daemon = Daemon::start();
     let object = last_object(&run(daemon.client("status").arg("--json")));

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use clap::Args;
 use serde_json::{Map, Value};
 use tender_client::proto::{BlockKey, Shard};
-use tender_client::{BlockStore, PutOutcome};
+use tender_client::{BlockStore as _, PutOutcome, Remote};
 
 use crate::connect::Connection;
 use crate::failure::Failure;
@@ -45,30 +45,21 @@ pub struct Put {
 /// Where the bytes come from.
 enum Source {
     Generated(Payload),
-    Read(Box<dyn Read + Send>, String),
+    Read { file: Box<dyn Read + Send>, shown: String, came_bytes: u64 },
 }
 
 impl Put {
     /// Puts window by window.
     pub async fn run(self) -> Result<(), Failure> {
-        let block_tokens = self.namespace.block_tokens as usize;
         let tokens = self.tokens.read(self.namespace.block_tokens)?;
-        let blocks = tokens.len() / block_tokens;
-        let mut source = self.source(blocks as u64)?;
+        let blocks = tokens.len() / self.namespace.block_tokens as usize;
+        let source = self.source(blocks as u64)?;
         let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout()).await?;
         let keys = store.terms().chain(&tokens);
-        let block_bytes = store.terms().shard_bytes(1);
-        let window_blocks = (WINDOW_BYTES_MAX / block_bytes as u64).max(1) as usize;
         let mut outcomes = Vec::with_capacity(keys.len());
-        let mut parent = store.terms().root;
-        for (keys, tokens) in keys.chunks(window_blocks).zip(tokens.chunks(window_blocks * block_tokens)) {
-            let payloads = source.read(keys, block_bytes)?;
-            let tokens = &tokens[..keys.len() * block_tokens];
-            let put = tender_client::Put { parent, keys, shard: Shard::WHOLE, payloads: &payloads, tokens };
-            outcomes.extend(store.put(put).await);
-            parent = keys.last().copied().unwrap_or(parent);
+        if let Err(failure) = self.put_windows(&store, &keys, &tokens, source, &mut outcomes).await {
+            return Err(take_back(&store, &keys, &outcomes, failure).await);
         }
-        source.end(blocks as u64 * block_bytes as u64)?;
         let durable_blocks = if self.durable {
             Some(store.durable(&keys).await.into_iter().filter(|durable| *durable).count())
         } else {
@@ -86,12 +77,37 @@ impl Put {
         }
     }
 
+    /// Puts window by window. The last window is not sent before its bytes are known to be the last ones.
+    async fn put_windows(
+        &self,
+        store: &Remote,
+        keys: &[BlockKey],
+        tokens: &[u32],
+        mut source: Source,
+        outcomes: &mut Vec<PutOutcome>,
+    ) -> Result<(), Failure> {
+        let block_tokens = self.namespace.block_tokens as usize;
+        let block_bytes = store.terms().shard_bytes(1);
+        let needed = keys.len() as u64 * block_bytes as u64;
+        let window_blocks = (WINDOW_BYTES_MAX / block_bytes as u64).max(1) as usize;
+        let mut parent = store.terms().root;
+        for (window, tokens) in keys.chunks(window_blocks).zip(tokens.chunks(window_blocks * block_tokens)) {
+            let payloads = source.read(window, block_bytes, needed)?;
+            if outcomes.len() + window.len() == keys.len() {
+                source.end(needed)?;
+            }
+            let tokens = &tokens[..window.len() * block_tokens];
+            let put = tender_client::Put { parent, keys: window, shard: Shard::WHOLE, payloads: &payloads, tokens };
+            outcomes.extend(store.put(put).await);
+            parent = window.last().copied().unwrap_or(parent);
+        }
+        Ok(())
+    }
+
     fn source(&self, blocks: u64) -> Result<Source, Failure> {
         match &self.payload {
             None => Ok(Source::Generated(Payload::new(0))),
-            Some(file) if file.as_os_str() == "-" => {
-                Ok(Source::Read(Box::new(io::stdin()), "standard input".to_owned()))
-            }
+            Some(file) if file.as_os_str() == "-" => Ok(Source::of(io::stdin(), "standard input".to_owned())),
             Some(file) => {
                 let shown = file.display().to_string();
                 let opened = File::open(file).map_err(Failure::of(format_args!("cannot read {shown}")))?;
@@ -100,7 +116,7 @@ impl Put {
                 if metadata.is_file() && metadata.len() != needed {
                     return Err(wrong_length(&shown, &metadata.len().to_string(), needed));
                 }
-                Ok(Source::Read(Box::new(opened), shown))
+                Ok(Source::of(opened, shown))
             }
         }
     }
@@ -137,28 +153,57 @@ impl Put {
 }
 
 impl Source {
-    fn read(&mut self, keys: &[BlockKey], block_bytes: usize) -> Result<Vec<Bytes>, Failure> {
+    fn of(file: impl Read + Send + 'static, shown: String) -> Self {
+        Self::Read { file: Box::new(file), shown, came_bytes: 0 }
+    }
+
+    /// The next blocks; all blocks together have `needed` bytes.
+    fn read(&mut self, keys: &[BlockKey], block_bytes: usize, needed: u64) -> Result<Vec<Bytes>, Failure> {
         keys.iter()
-            .map(|key| {
-                let mut bytes = vec![0; block_bytes];
-                match self {
-                    Self::Generated(payload) => payload.fill(key, &mut bytes),
-                    Self::Read(file, shown) => file.read_exact(&mut bytes).map_err(|error| match error.kind() {
-                        io::ErrorKind::UnexpectedEof => wrong_length(shown, "fewer", block_bytes as u64),
-                        _ => Failure::of(format_args!("cannot read {shown}"))(error),
-                    })?,
+            .map(|key| match self {
+                Self::Generated(payload) => {
+                    let mut bytes = vec![0; block_bytes];
+                    payload.fill(key, &mut bytes);
+                    Ok(bytes.into())
                 }
-                Ok(bytes.into())
+                Self::Read { file, shown, came_bytes } => {
+                    let mut bytes = Vec::with_capacity(block_bytes);
+                    let read = file.by_ref().take(block_bytes as u64).read_to_end(&mut bytes);
+                    *came_bytes += read.map_err(Failure::of(format_args!("cannot read {shown}")))? as u64;
+                    if bytes.len() < block_bytes {
+                        return Err(wrong_length(shown, &format!("only {came_bytes}"), needed));
+                    }
+                    Ok(bytes.into())
+                }
             })
             .collect()
     }
 
     /// Nothing may be left over: then tokens and bytes did not belong together.
     fn end(&mut self, needed: u64) -> Result<(), Failure> {
-        let Self::Read(file, shown) = self else { return Ok(()) };
-        let is_over = file.read(&mut [0]).map_err(Failure::of(format_args!("cannot read {shown}")))? == 0;
-        if is_over { Ok(()) } else { Err(wrong_length(shown, "more", needed)) }
+        let Self::Read { file, shown, .. } = self else { return Ok(()) };
+        let mut more = Vec::new();
+        file.by_ref().take(1).read_to_end(&mut more).map_err(Failure::of(format_args!("cannot read {shown}")))?;
+        if more.is_empty() { Ok(()) } else { Err(wrong_length(shown, "more", needed)) }
     }
+}
+
+/// Forgets what this command stored before it found that its bytes belong to other tokens. What was there before stays.
+async fn take_back(store: &Remote, keys: &[BlockKey], outcomes: &[PutOutcome], failure: Failure) -> Failure {
+    let Failure::Message(why) = failure else { return failure };
+    let stored = keys.iter().zip(outcomes).filter(|(_, outcome)| **outcome == PutOutcome::Stored);
+    let stored: Vec<BlockKey> = stored.map(|(key, _)| *key).collect();
+    if stored.is_empty() {
+        return Failure::message(format_args!("{why}; nothing was stored"));
+    }
+    let blocks = units::count(stored.len() as u64);
+    if store.purge(tender_client::Purge::Keys(&stored)).await.complete {
+        return Failure::message(format_args!("{why}; the {blocks} blocks that this command had stored were purged"));
+    }
+    Failure::message(format_args!(
+        "{why}; {blocks} blocks that this command had stored may still be there, because the daemon did not purge them in time: \
+         forget them with `tender purge` and the same tokens"
+    ))
 }
 
 fn wrong_length(shown: &str, has: &str, needed: u64) -> Failure {
