@@ -223,6 +223,25 @@ fn a_put_that_runs_out_of_bytes_late_forgets_what_it_stored_and_nothing_else() {
 }
 
 #[test]
+fn a_command_that_ended_is_not_attached_any_more() {
+    let daemon = Daemon::start();
+    let attached = || last_object(&run(daemon.client("status").arg("--json")))["attachments"].as_u64();
+    for _ in 0..20 {
+        assert!(run(daemon.client("lookup").args(MODEL).args(TOKENS)).status.success());
+    }
+    assert_eq!(attached(), Some(0), "after lookups");
+    for (subcommand, more) in [("put", &["--generate"][..]), ("get", &[]), ("purge", &[])] {
+        let output = run(daemon.client(subcommand).args(MODEL).args(TOKENS).args(more));
+        assert!(output.status.success(), "{subcommand}: {}", stderr(&output));
+        assert_eq!(attached(), Some(0), "after {subcommand}");
+    }
+    assert_eq!(run(daemon.client("get").args(MODEL).args(TOKENS)).status.code(), Some(1));
+    assert_eq!(attached(), Some(0), "after a miss");
+    assert!(run(daemon.client("watch").args(["--count", "1"])).status.success());
+    assert_eq!(attached(), Some(0), "after watch");
+}
+
+#[test]
 fn status_shows_a_table_or_an_object() {
     let daemon = Daemon::start();
     let object = last_object(&run(daemon.client("status").arg("--json")));

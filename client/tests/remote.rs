@@ -449,6 +449,20 @@ async fn the_last_client_to_go_detaches() {
 }
 
 #[test]
+fn a_client_that_is_closed_has_left_before_its_runtime_ends() {
+    let world = World::new();
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime().block_on(async {
+        let client = world.client().await;
+        client.clone().close().await;
+        assert_eq!(world.node.detaches.load(Ordering::Relaxed), 0, "another clone is still there");
+        client.close().await;
+    });
+    assert_eq!(world.node.detaches.load(Ordering::Relaxed), 1);
+    assert!(world.node.attached.lock().unwrap().is_empty());
+}
+
+#[test]
 fn a_client_outlives_the_runtime_it_was_made_on() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let first = runtime();

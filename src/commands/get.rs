@@ -6,8 +6,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
-use tender_client::proto::Shard;
-use tender_client::{BlockStore, GetEnd, Tier};
+use tender_client::proto::{BlockKey, Shard};
+use tender_client::{BlockStore as _, GetEnd, Remote, Tier};
 
 use crate::connect::Connection;
 use crate::failure::Failure;
@@ -40,6 +40,12 @@ impl Get {
         let tokens = self.tokens.read(self.namespace.block_tokens)?;
         let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout()).await?;
         let keys = store.terms().chain(&tokens);
+        let done = self.get(&store, &keys).await;
+        store.close().await;
+        done
+    }
+
+    async fn get(&self, store: &Remote, keys: &[BlockKey]) -> Result<(), Failure> {
         let window_blocks = (WINDOW_BYTES_MAX / store.terms().shard_bytes(1)).max(1);
         let mut sink = self.sink()?;
         let mut found = Vec::with_capacity(keys.len());

@@ -30,6 +30,7 @@ impl Lookup {
         let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout()).await?;
         let keys = store.terms().chain(&tokens);
         let found = store.lookup(&keys).await;
+        store.close().await;
         let there = |tier: &[bool]| tier.iter().filter(|there| **there).count() as u64;
         let prefix_tokens = found.prefix_blocks as u64 * u64::from(self.namespace.block_tokens);
         let (host_blocks, disk_blocks) = (there(&found.host), there(&found.disk));

@@ -37,6 +37,7 @@ impl Purge {
         let keys = store.terms().chain(&tokens);
         let what = if self.namespace { tender_client::Purge::Namespace } else { tender_client::Purge::Keys(&keys) };
         let purged = store.purge(what).await;
+        store.close().await;
         if self.output.json {
             self.output.object(&json!({
                 "purged_blocks": purged.purged_blocks, "busy_blocks": purged.busy_blocks, "complete": purged.complete,

@@ -56,12 +56,19 @@ impl Put {
         let source = self.source(blocks as u64)?;
         let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout()).await?;
         let keys = store.terms().chain(&tokens);
-        let mut outcomes = Vec::with_capacity(keys.len());
-        if let Err(failure) = self.put_windows(&store, &keys, &tokens, source, &mut outcomes).await {
-            return Err(take_back(&store, &keys, &outcomes, failure).await);
+        let done = self.put(&store, &keys, &tokens, source).await;
+        store.close().await;
+        done
+    }
+
+    async fn put(&self, store: &Remote, keys: &[BlockKey], tokens: &[u32], source: Source) -> Result<(), Failure> {
+        let blocks = keys.len();
+        let mut outcomes = Vec::with_capacity(blocks);
+        if let Err(failure) = self.put_windows(store, keys, tokens, source, &mut outcomes).await {
+            return Err(take_back(store, keys, &outcomes, failure).await);
         }
         let durable_blocks = if self.durable {
-            Some(store.durable(&keys).await.into_iter().filter(|durable| *durable).count())
+            Some(store.durable(keys).await.into_iter().filter(|durable| *durable).count())
         } else {
             None
         };

@@ -5,10 +5,11 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::{Value, json};
 use tender_client::proto::{BlockLayout, Namespace};
-use tender_client::{BlockStore as _, Residency, WatchItem};
+use tender_client::{BlockStore as _, Remote, Residency, WatchItem};
 
 use crate::connect::Connection;
 use crate::failure::Failure;
+use crate::lifeline::interrupted;
 use crate::output::Output;
 use crate::replay::request::tier_name;
 
@@ -33,6 +34,16 @@ impl Watch {
         // All of the tenant's blocks are told of, whatever the namespace under which one attaches.
         let (namespace, layout) = (Namespace::text("tender-watch", "u8", 16), BlockLayout::opaque(64 << 10));
         let store = self.connection.attach(namespace, layout).await?;
+        let done = tokio::select! {
+            biased;
+            failure = interrupted() => Err(failure),
+            done = self.follow(&store) => done,
+        };
+        store.close().await;
+        done
+    }
+
+    async fn follow(&self, store: &Remote) -> Result<(), Failure> {
         let mut left = self.count.unwrap_or(u64::MAX);
         let mut position = None;
         let mut gone_said = false;

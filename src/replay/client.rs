@@ -45,6 +45,11 @@ pub async fn run() -> Result<(), Failure> {
         }
     }
     // The end of input means that the parent has all it wants, or is gone: whatever still runs is of no use to anybody.
+    if let Some(worker) = worker.and_then(Arc::into_inner) {
+        for server in worker.servers {
+            server.into_store().close().await;
+        }
+    }
     Ok(())
 }
 

@@ -60,6 +60,11 @@ impl<S: BlockStore> Server<S> {
         Self { payload: Payload::new(generation), buffers: Buffers::new(block_bytes), window_blocks, store }
     }
 
+    /// The store, for its end.
+    pub fn into_store(self) -> S {
+        self.store
+    }
+
     /// The store.
     pub fn store(&self) -> &S {
         &self.store

@@ -130,7 +130,7 @@ pub(super) struct Links {
     state: watch::Sender<State>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     link: Option<Arc<Link>>,
     /// Attempts since the link was lost.
@@ -204,17 +204,26 @@ impl Links {
         }
         Ok(link)
     }
+
+    /// Leaves, and waits until the daemon has heard of it.
+    pub(super) async fn close(self) {
+        if let Some(link) = self.state.send_replace(State::default()).link {
+            leave(&link).await;
+        }
+    }
+}
+
+/// Leaving is a courtesy: the daemon forgets an attachment by itself, later.
+async fn leave(link: &Link) {
+    let request = link.request(wire::DetachRequest { attachment: link.attachment });
+    let _courtesy = timeout(deadline::GRACE, link.client().detach(request)).await;
 }
 
 impl Drop for Links {
     fn drop(&mut self) {
         let Some(link) = self.state.borrow().link.clone() else { return };
-        // Leaving is a courtesy: the daemon forgets an attachment by itself, later.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
-                let request = link.request(wire::DetachRequest { attachment: link.attachment });
-                let _courtesy = timeout(deadline::GRACE, link.client().detach(request)).await;
-            });
+            runtime.spawn(async move { leave(&link).await });
         }
     }
 }
