@@ -110,6 +110,11 @@ impl PutOutcome {
     pub fn is_there(self) -> bool {
         matches!(self, Self::Stored | Self::ShardStored | Self::AlreadyPresent)
     }
+
+    /// Whether there was no place or no turn for it: what follows it in its chain is then of no use, and is not put either.
+    pub fn is_turned_away(self) -> bool {
+        matches!(self, Self::NoRoom | Self::OverQuota | Self::Shed)
+    }
 }
 
 /// Answer to a get.

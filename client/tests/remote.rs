@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fake::{Daemon, Node, Trouble};
 use tempfile::TempDir;
-use tender_client::proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
+use tender_client::proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt, wire};
 use tender_client::{
     Attach, AttachError, BlockStore, GetEnd, Lookup, Operator, Prefetched, Purge, Put, PutOutcome, Remote, Target,
     WatchItem,
@@ -377,6 +377,27 @@ async fn a_run_larger_than_the_daemon_holds_goes_in_pieces() {
     let payloads = vec![Bytes::from(vec![3; 10 << 20]); 8];
     assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 8]);
     assert_eq!(world.node.puts.load(Ordering::Relaxed), 3, "80 MiB, at most 32 MiB at once");
+}
+
+#[tokio::test]
+async fn what_follows_a_block_that_was_turned_away_is_not_sent() {
+    let cases = [
+        (wire::PutOutcome::PutNoRoom, PutOutcome::NoRoom),
+        (wire::PutOutcome::PutOverQuota, PutOutcome::OverQuota),
+        (wire::PutOutcome::PutShed, PutOutcome::Shed),
+    ];
+    for (turned_away, outcome) in cases {
+        let world = World::of(Node { keys_max: 2, ..Node::new() });
+        let client = world.client().await;
+        let (keys, payloads) = blocks(&client, 6);
+        world.node.set(Trouble::TurnsAway(turned_away));
+        let mut expected = [outcome; 6];
+        expected[0] = PutOutcome::Stored;
+        assert_eq!(put(&client, &keys, &payloads).await, expected);
+        assert_eq!(world.node.puts.load(Ordering::Relaxed), 1, "{outcome:?}");
+        world.node.set(Trouble::None);
+        assert_eq!(put(&client, &keys, &payloads).await[1..], [PutOutcome::Stored; 5]);
+    }
 }
 
 #[tokio::test]

@@ -105,7 +105,12 @@ impl Put {
             }
             let tokens = &tokens[..window.len() * block_tokens];
             let put = tender_client::Put { parent, keys: window, shard: Shard::WHOLE, payloads: &payloads, tokens };
+            let before = outcomes.len();
             outcomes.extend(store.put(put).await);
+            if let Some(why) = outcomes[before..].iter().copied().find(|outcome| outcome.is_turned_away()) {
+                outcomes.resize(keys.len(), why);
+                break;
+            }
             parent = window.last().copied().unwrap_or(parent);
         }
         Ok(())

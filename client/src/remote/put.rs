@@ -53,7 +53,14 @@ impl Remote {
             };
             let piece = &piece;
             match self.ask(deadline, |link| async move { piece.send(&link).await }).await {
-                Ok(came) => outcomes.extend(came),
+                Ok(came) => {
+                    outcomes.extend(came);
+                    // Nobody gets what follows a block that is not there.
+                    if let Some(why) = outcomes[start..].iter().copied().find(|outcome| outcome.is_turned_away()) {
+                        outcomes.resize(put.keys.len(), why);
+                        break;
+                    }
+                }
                 Err(failure) => {
                     outcomes.resize(put.keys.len(), outcome_of(failure));
                     break;

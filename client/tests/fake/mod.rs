@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tender_client::proto::wire::PutOutcome;
 use tender_client::proto::wire::blocks_server::BlocksServer;
 use tender_client::proto::wire::operator_server::OperatorServer;
 use tender_client::proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
@@ -47,6 +48,8 @@ pub enum Trouble {
     LostEvent,
     /// Answer a put with fewer outcomes than keys.
     FewOutcomes,
+    /// Turn away the last block of each put.
+    TurnsAway(PutOutcome),
     /// Refuse everything: too much to do.
     Overloaded,
     /// Refuse everything with that code.

@@ -70,10 +70,12 @@ impl Door {
         let mut writing = Writing { node: Arc::clone(&self.0), places: Vec::new() };
         let present = store.lookup(&keys).await.host;
         for (key, present) in keys.iter().zip(present) {
-            outcomes.push(match present {
-                true => Wire::PutAlreadyPresent,
-                false if writing.begin(*key, shard) => Wire::PutAccepted,
-                false => Wire::PutBeingWritten,
+            let is_last = outcomes.len() + 1 == keys.len();
+            outcomes.push(match (present, self.0.trouble()) {
+                (true, _) => Wire::PutAlreadyPresent,
+                (false, Trouble::TurnsAway(outcome)) if is_last => outcome,
+                (false, _) if writing.begin(*key, shard) => Wire::PutAccepted,
+                (false, _) => Wire::PutBeingWritten,
             });
         }
         let outcomes_message = |outcomes: &[Wire]| {
