@@ -7,10 +7,11 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Stdio;
 
 use support::blocks::{Run, attach_to};
 use support::site::{Site, TOKEN, refusal};
-use support::tender;
+use support::{run, tender, wait_until};
 use tender_client::Tier;
 use tender_client::proto::BlockLayout;
 
@@ -38,6 +39,24 @@ fn a_disk_without_room_is_refused_and_not_filled() {
     // And with a size that fits, the same folder serves.
     site.change_flag("--disk", "128MiB");
     site.start().stop();
+}
+
+/// As one that was killed does while the kernel takes back its memory.
+#[test]
+fn a_daemon_that_answers_on_the_socket_for_the_last_time_does_not_keep_the_next_from_starting() {
+    let site = Site::small();
+    let last = UnixListener::bind(site.socket()).unwrap();
+    let mut next = site.command().stderr(Stdio::null()).spawn().unwrap();
+    last.accept().unwrap();
+    drop(last);
+    let mut ended = None;
+    wait_until("the next daemon", || {
+        ended = next.try_wait().unwrap();
+        ended.is_some() || run(tender().arg("status").arg("--socket").arg(site.socket())).status.success()
+    });
+    let _ended_already = next.kill();
+    next.wait().unwrap();
+    assert_eq!(ended, None, "it refused to start");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

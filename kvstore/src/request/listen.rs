@@ -3,6 +3,7 @@
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tender_proto::wire;
 use tokio::net::{TcpListener, UnixListener};
@@ -76,7 +77,7 @@ impl Listeners {
     pub async fn bind(config: &Config) -> Result<Self, ListenError> {
         let path = &config.socket;
         let error = |source| ListenError::Socket { path: path.display().to_string(), source };
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+        if is_taken(path).await {
             return Err(ListenError::SocketTaken(path.display().to_string()));
         }
         remove_stale(path).map_err(error)?;
@@ -121,6 +122,19 @@ impl Listeners {
     }
 }
 
+/// Whether somebody answers and goes on to: a process that was killed holds its socket until the kernel has taken back its memory.
+async fn is_taken(path: &Path) -> bool {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    const PAUSE: Duration = Duration::from_millis(50);
+    let answers = || std::os::unix::net::UnixStream::connect(path).is_ok();
+    let gone = async {
+        while answers() {
+            tokio::time::sleep(PAUSE).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, gone).await.is_err()
+}
+
 fn remove_stale(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::FileTypeExt;
     match std::fs::symlink_metadata(path) {
@@ -146,7 +160,7 @@ fn router(blocks: BlocksServer, operators: OperatorServer) -> Router {
         .max_frame_size(1 << 20)
         .max_concurrent_streams(STREAMS_MAX)
         .tcp_nodelay(true)
-        .http2_keepalive_interval(Some(std::time::Duration::from_secs(30)))
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .add_service(blocks)
         .add_service(wire::operator_server::OperatorServer::new(operators))
 }
