@@ -90,7 +90,7 @@ fn what_was_put_is_got_looked_up_and_purged() {
     let got = last_object(&asked("get", &[&TOKENS[..], &["-o", target_shown]].concat()));
     assert_eq!((got["got_blocks"].as_u64(), got["end"].as_str()), (Some(3), Some("complete")));
     assert_eq!(fs::read(&target).unwrap(), payload);
-    let printed = asked("get", &[&TOKENS[..], &["-o", "-"]].concat());
+    let printed = run(daemon.client("get").args(MODEL).args(TOKENS).args(["-o", "-"]));
     assert!(printed.status.success() && printed.stdout == payload);
 
     let longer = ["--tokens", "[1, 2, 3, 4, 5, 6, 7, 8, 99, 99, 99, 99]"];
@@ -239,6 +239,51 @@ fn a_command_that_ended_is_not_attached_any_more() {
     assert_eq!(attached(), Some(0), "after a miss");
     assert!(run(daemon.client("watch").args(["--count", "1"])).status.success());
     assert_eq!(attached(), Some(0), "after watch");
+}
+
+#[test]
+fn a_get_that_does_not_get_all_says_why_and_leaves_the_file_as_it_was() {
+    let folder = TempDir::new().unwrap();
+    let daemon = Daemon::start();
+    let asked = |subcommand: &str, more: &[&str]| run(daemon.client(subcommand).args(MODEL).args(more));
+    let put = asked("put", &[&TOKENS[..], &["--generate"]].concat());
+    assert!(put.status.success(), "{}", stderr(&put));
+    let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+    fs::write(&file, "of before").unwrap();
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let longer = ["--tokens", "1 2 3 4 5 6 7 8 9 10 11 12 99 99 99 99"];
+    let part = asked("get", &[&longer[..], &["-o", file.to_str().unwrap()]].concat());
+    assert_eq!(part.status.code(), Some(1));
+    let said = stderr(&part);
+    assert!(said.contains("3 of 4 blocks came") && said.contains("`tender put` stores it"), "{said}");
+    assert!(said.contains("was not written"), "{said}");
+    assert_eq!(fs::read(&file).unwrap(), b"of before");
+
+    let whole = asked("get", &[&TOKENS[..], &["-o", link.to_str().unwrap()]].concat());
+    assert!(whole.status.success(), "{}", stderr(&whole));
+    assert!(link.is_symlink() && fs::read(&file).unwrap().len() == 3 * 4096);
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "something was left behind");
+    let device = asked("get", &[&TOKENS[..], &["-o", "/dev/null"]].concat());
+    assert!(device.status.success() && !Path::new("/dev/null").is_file(), "{}", stderr(&device));
+
+    let both = asked("get", &[&TOKENS[..], &["-o", "-", "--json"]].concat());
+    assert_eq!(both.status.code(), Some(1));
+    assert!(stderr(&both).contains("-o FILE") && stdout(&both).is_empty(), "{}", stderr(&both));
+}
+
+#[test]
+fn a_put_that_is_turned_away_says_why_and_the_cure() {
+    let mut site = Site::new(&["--host", "64MiB", "--disk", "0"]);
+    site.configure("[[tenants]]\nname = \"default\"\nhost_quota = \"8KiB\"\n");
+    let daemon = site.start();
+    let mut command = tender();
+    command.args(["put", "--generate", "--socket"]).arg(site.socket()).args(MODEL).args(TOKENS);
+    let output = run(&mut command);
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+    assert!(said.contains("of 3 blocks are not stored") && said.contains("host_quota"), "{said}");
+    assert!(stdout(&output).contains("over quota"), "{}", stdout(&output));
+    daemon.stop();
 }
 
 #[test]

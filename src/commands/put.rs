@@ -73,14 +73,16 @@ impl Put {
             None
         };
         self.show(&outcomes, durable_blocks)?;
+        if let Some(failure) = unstored(&outcomes) {
+            return Err(failure);
+        }
         match durable_blocks {
             Some(durable_blocks) if durable_blocks < blocks => Err(Failure::message(format_args!(
                 "{} of {} blocks would not survive a power cut; see what `tender status` and the daemon's log say of the disk tier",
                 units::count((blocks - durable_blocks) as u64),
                 units::count(blocks as u64)
             ))),
-            _ if outcomes.iter().all(|outcome| outcome.is_there()) => Ok(()),
-            _ => Err(Failure::Bad),
+            _ => Ok(()),
         }
     }
 
@@ -198,6 +200,29 @@ impl Source {
         file.by_ref().take(1).read_to_end(&mut more).map_err(Failure::of(format_args!("cannot read {shown}")))?;
         if more.is_empty() { Ok(()) } else { Err(wrong_length(shown, "more", needed)) }
     }
+}
+
+/// Says of the first block that is not there why, and what helps.
+fn unstored(outcomes: &[PutOutcome]) -> Option<Failure> {
+    let first = outcomes.iter().find(|outcome| !outcome.is_there())?;
+    let missing = outcomes.iter().filter(|outcome| !outcome.is_there()).count();
+    let (missing, blocks) = (units::count(missing as u64), units::count(outcomes.len() as u64));
+    let why = match first {
+        PutOutcome::NoRoom => {
+            "there is no room for them: everything in host memory is in use or belongs to this prompt; put again later, put less at \
+             once, or give the daemon more --host"
+        }
+        PutOutcome::OverQuota => {
+            "they are over the tenant's quota; raise its host_quota or disk_quota in the daemon's configuration, or put smaller blocks"
+        }
+        PutOutcome::Shed => "the daemon has too much to do; put again later",
+        PutOutcome::BeingWritten => "another process is writing them now; look again with `tender lookup`",
+        PutOutcome::Refused => {
+            "the daemon refused them: their bytes arrived damaged, or it does not take such a request; see its log, then put again"
+        }
+        _ => "the daemon is gone or did not answer in time; see `tender status`, then put again",
+    };
+    Some(Failure::message(format_args!("{missing} of {blocks} blocks are not stored: {why}")))
 }
 
 /// Forgets what this command stored before it found that its bytes belong to other tokens. What was there before stays.
