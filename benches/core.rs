@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use tender_kvstore::names::{AttachmentId, Hold, RequestId, TenantId};
+use tender_kvstore::names::{AttachmentId, By, Door, Hold, RequestId, TenantId};
 use tender_kvstore::pipeline::{Action, Core, CoreConfig, Event, TenantConfig};
 use tender_kvstore::verb::{AttachVerb, Filled, Reply, Request, ReserveOutcome, Verb};
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
@@ -34,6 +34,7 @@ impl Bench {
             tenants: vec![tenant],
             host_segment_bytes: segment_bytes as u64,
             host_segment_count: segments,
+            ingest_segment_count: 0,
             disk: None,
             write_bytes_per_day: None,
             allow_public: false,
@@ -73,7 +74,8 @@ impl Bench {
 
     fn put(&mut self, keys: &[BlockKey]) {
         let (attachment, parent) = (self.attachment, self.root);
-        let verb = Verb::Reserve { attachment, parent, keys: keys.to_vec(), shard: Shard::WHOLE, bytes_max: u64::MAX };
+        let (shard, bytes_max, door) = (Shard::WHOLE, u64::MAX, Door::Stream);
+        let verb = Verb::Reserve { attachment, parent, keys: keys.to_vec(), shard, bytes_max, door };
         let Reply::Reserved(outcomes) = self.ask(verb) else { panic!("a reservation is answered") };
         let filled = outcomes.iter().map(|outcome| match outcome {
             ReserveOutcome::Granted { hold, .. } => Filled { hold: *hold, sums: vec![0] },
@@ -84,11 +86,12 @@ impl Bench {
     }
 
     fn get(&mut self, keys: &[BlockKey]) {
-        let verb = Verb::Acquire { attachment: self.attachment, keys: keys.to_vec(), bytes_max: u64::MAX };
+        let (attachment, bytes_max, door) = (self.attachment, u64::MAX, Door::Stream);
+        let verb = Verb::Acquire { attachment, keys: keys.to_vec(), bytes_max, door };
         let Reply::Acquired(acquired) = self.ask(verb) else { panic!("an acquire is answered") };
         assert_eq!(acquired.blocks.len(), keys.len(), "all are there");
         let holds: Vec<Hold> = acquired.blocks.iter().flat_map(|block| &block.parts).map(|part| part.hold).collect();
-        self.ask(Verb::Release(holds));
+        self.ask(Verb::Release(By::Daemon, holds));
     }
 
     fn lookup(&mut self, keys: &[BlockKey]) {

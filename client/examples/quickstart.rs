@@ -23,5 +23,6 @@ pub async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let got = store.get(&keys, Shard::WHOLE).await;
     let right = got.blocks.iter().zip(&payloads).filter(|(block, payload)| block.equals(payload)).count();
     println!("{} blocks: {had} were there before, {right} came back right", keys.len());
+    store.close().await;
     Ok(())
 }

@@ -213,7 +213,7 @@ fn unstored(outcomes: &[PutOutcome]) -> Option<Failure> {
              once, or give the daemon more --host"
         }
         PutOutcome::OverQuota => {
-            "they are over the tenant's quota; raise its host_quota or disk_quota in the daemon's configuration, or put smaller blocks"
+            "they are over the tenant's quota; raise its host_quota in the daemon's configuration, or put a shorter prompt"
         }
         PutOutcome::Shed => "the daemon has too much to do; put again later",
         PutOutcome::BeingWritten => "another process is writing them now; look again with `tender lookup`",
