@@ -274,7 +274,7 @@ fn a_get_that_does_not_get_all_says_why_and_leaves_the_file_as_it_was() {
 #[test]
 fn a_put_that_is_turned_away_says_why_and_the_cure() {
     let mut site = Site::new(&["--host", "64MiB", "--disk", "0"]);
-    site.configure("[[tenants]]\nname = \"default\"\nhost_quota = \"8KiB\"\n");
+    site.configure("[[tenants]]\nname = \"default\"\nhost_quota = \"2KiB\"\n");
     let daemon = site.start();
     let mut command = tender();
     command.args(["put", "--generate", "--socket"]).arg(site.socket()).args(MODEL).args(TOKENS);
