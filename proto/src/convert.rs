@@ -42,6 +42,14 @@ pub enum FieldError {
         /// What came.
         value: i32,
     },
+    /// Text that is none.
+    #[error("{field} is no UTF-8 text: its byte {at} is wrong")]
+    Text {
+        /// Name on the wire.
+        field: &'static str,
+        /// Index of the first wrong byte.
+        at: usize,
+    },
     /// A layout that cannot be.
     #[error(transparent)]
     Layout(#[from] LayoutError),

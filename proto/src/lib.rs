@@ -1,11 +1,14 @@
 //! The contract of Tender: what every process that touches the store must agree on, and nothing that does I/O.
 //!
 //! In reading order: [`key`] (who a block is), [`layout`] (what its bytes are), [`sum`] (how they are known to be right), [`wire`]
-//! (how it is all said over gRPC; `kvstore.proto` holds units and limits) and [`convert`] (between the two vocabularies).
+//! (how it is all said over gRPC; `kvstore.proto` holds units and limits), [`convert`] (between the two vocabularies), [`ring`] (the
+//! memory through which a process on the same node asks) and [`door`] (what it says there).
 
 pub mod convert;
+pub mod door;
 pub mod key;
 pub mod layout;
+pub mod ring;
 pub mod sum;
 
 pub use key::{BlockKey, KeyError, Modality, Namespace, TenantSalt, trace_tokens};
