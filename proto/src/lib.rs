@@ -1,11 +1,14 @@
-//! The contract of Tender: what every process that touches the store must agree on, and nothing that does I/O.
+//! The contract of Tender: what every process that touches the store must agree on.
 //!
 //! In reading order: [`key`] (who a block is), [`layout`] (what its bytes are), [`sum`] (how they are known to be right), [`wire`]
 //! (how it is all said over gRPC; `kvstore.proto` holds units and limits), [`convert`] (between the two vocabularies), [`ring`] (the
-//! memory through which a process on the same node asks) and [`door`] (what it says there).
+//! memory through which a process on the same node asks), [`door`] (what it says there), [`greeting`] (how it gets there) and
+//! [`descriptors`] (what passes between local processes besides bytes).
 
 pub mod convert;
+pub mod descriptors;
 pub mod door;
+pub mod greeting;
 pub mod key;
 pub mod layout;
 pub mod ring;

@@ -61,11 +61,16 @@
 #![expect(unsafe_code, reason = "lays its structure over memory that another process maps too")]
 
 use std::cell::Cell;
+use std::io;
 use std::marker::PhantomData;
 use std::mem::{align_of, offset_of, size_of};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU32, AtomicU64, fence};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::fs::{MemfdFlags, SealFlags};
 
 /// Version of the layout drawn at the head of this module. A client tells at attach which one it speaks.
 pub const RING_ABI: u32 = 1;
@@ -161,6 +166,53 @@ pub unsafe trait Mapping {
     fn base(&self) -> NonNull<u8>;
     /// Length.
     fn bytes(&self) -> usize;
+}
+
+/// A mapped file of a ring: of its whole length, which nobody can change. A forked child does not inherit the mapping.
+#[derive(Debug)]
+pub struct RingMemory(MmapRaw);
+
+impl RingMemory {
+    /// Makes the file of a ring, maps it here, and returns its descriptor for the other side.
+    pub fn create() -> io::Result<(Self, OwnedFd)> {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = match rustix::fs::memfd_create(c"tender-ring", flags | MemfdFlags::NOEXEC_SEAL) {
+            // Kernels before 6.3 do not know it; newer ones may refuse a file without it.
+            Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create(c"tender-ring", flags)?,
+            result => result?,
+        };
+        rustix::fs::ftruncate(&file, RING_BYTES as u64)?;
+        rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        Ok((Self::map(file.as_fd())?, file))
+    }
+
+    /// Maps the file of a ring that the other side made. `InvalidInput` if it is of another size, or its size could be changed.
+    pub fn map(file: BorrowedFd<'_>) -> io::Result<Self> {
+        let is_sealed = rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        if !is_sealed || rustix::fs::fstat(file)?.st_size != RING_BYTES as i64 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "a ring is a memory file of {RING_BYTES} bytes, sealed against shrinking: this descriptor is something else"
+                ),
+            ));
+        }
+        let memory = MmapOptions::new().len(RING_BYTES).map_raw(file.as_raw_fd())?;
+        memory.advise(Advice::DontFork)?;
+        Ok(Self(memory))
+    }
+}
+
+// SAFETY: the file is mapped for reading and writing as long as the value lives, at an address that does not change with the value's
+// place; it is sealed against shrinking; the field is private, so nobody reaches the memory but through this module.
+unsafe impl Mapping for RingMemory {
+    fn base(&self) -> NonNull<u8> {
+        NonNull::new(self.0.as_mut_ptr()).expect("a mapping is not at address 0")
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.len()
+    }
 }
 
 /// Why memory is no ring that can be used.

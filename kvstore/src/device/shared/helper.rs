@@ -25,7 +25,7 @@ use rustix::process::{Pid, Signal, WaitOptions};
 use rustix::thread::UnshareFlags;
 
 use super::Refusal;
-use crate::device::descriptors;
+use tender_proto::descriptors;
 
 /// Pause between two looks whether the child has ended.
 const REAP_POLL: Duration = Duration::from_millis(1);

@@ -10,8 +10,8 @@ use rustix::mm::MprotectFlags;
 
 use super::*;
 use crate::device::block::PAGE_BYTES;
-use crate::device::descriptors;
 use crate::device::tests::{NOBODY, again, copy, role, shell, users};
+use tender_proto::descriptors;
 
 const BYTES: u64 = 256 * PAGE_BYTES;
 const PATIENCE: Duration = Duration::from_secs(60);
