@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use tender_proto::greeting::SOCKET_SUFFIX;
 
 use crate::limits;
 use crate::size::Size;
@@ -22,6 +23,8 @@ pub struct Config {
     pub dirs: Vec<PathBuf>,
     /// Host memory.
     pub host: Geometry,
+    /// Segments beside it that local clients write to, of the same size.
+    pub ingest_segment_count: u32,
     /// Disk, per folder; none when its size is 0.
     pub disk: Option<Geometry>,
     /// Bytes that may be written to disk in a day.
@@ -136,6 +139,7 @@ struct Written {
     dirs: Option<Vec<PathBuf>>,
     host: Option<Size>,
     host_segment: Option<Size>,
+    ingest: Option<Size>,
     disk: Option<Size>,
     disk_segment: Option<Size>,
     write_budget_per_day: Option<Size>,
@@ -213,6 +217,7 @@ impl Config {
         text("socket_mode", format!("{:04o}", self.socket_mode));
         text("host", Size(self.host.bytes()).to_string());
         text("host_segment", Size(self.host.segment_bytes).to_string());
+        text("ingest", Size(u64::from(self.ingest_segment_count) * self.host.segment_bytes).to_string());
         let disk = self.disk.map_or(0, |disk| disk.bytes() * self.dirs.len() as u64);
         text("disk", Size(disk).to_string());
         if let Some(disk) = self.disk {
@@ -330,6 +335,8 @@ impl Written {
                 format!("this machine has {}; give --host less, and leave room for engine and system", Size(memory));
             return Err(value_error("host", host, rule));
         }
+        let host_geometry = Geometry::cut("host", host, self.host_segment, 64, limits::SEGMENT_BYTES_MIN)?;
+        let ingest_segment_count = ingest_segments(self.ingest, &host_geometry, memory)?;
         let disk = self.disk.unwrap_or(Size(8 * GIB));
         let per_file = Size(disk.0 / dirs.len() as u64);
         let least = if per_file.0 < GIB { limits::SEGMENT_BYTES_MIN } else { limits::SEGMENT_BYTES_MAX / 16 };
@@ -340,8 +347,8 @@ impl Written {
             }
         }
         let socket = self.socket.unwrap_or_else(default_socket);
-        if socket.as_os_str().len() > 107 {
-            let rule = "a Unix socket's path has at most 107 bytes; give a shorter one";
+        if socket.as_os_str().len() > 107 - SOCKET_SUFFIX.len() {
+            let rule = "a Unix socket's path has at most 107 bytes, of which `.door` for the local door takes 5; give a shorter one";
             return Err(value_error("socket", socket.display(), rule));
         }
         let mode = self.socket_mode.unwrap_or_else(|| "0600".to_owned());
@@ -353,7 +360,8 @@ impl Written {
             socket,
             socket_mode,
             listen: self.listen,
-            host: Geometry::cut("host", host, self.host_segment, 64, limits::SEGMENT_BYTES_MIN)?,
+            host: host_geometry,
+            ingest_segment_count,
             disk: match per_file.0 {
                 0 => None,
                 _ => Some(Geometry::cut("disk", per_file, self.disk_segment, 512, least)?),
@@ -368,6 +376,23 @@ impl Written {
             tenants: check_tenants(self.tenants, self.token_file, self.listen)?,
         })
     }
+}
+
+/// Segments of ingest memory: an eighth of host memory unless it is said, two at least, so that two clients need not wait for each other.
+fn ingest_segments(ingest: Option<Size>, host: &Geometry, memory: u64) -> Result<u32, ConfigError> {
+    let segment_bytes = host.segment_bytes;
+    let wanted = ingest.unwrap_or(Size((host.bytes() / 8).next_multiple_of(segment_bytes).max(2 * segment_bytes)));
+    if wanted.0 > memory {
+        let rule = format!("this machine has {}; give less", Size(memory));
+        return Err(value_error("ingest", wanted, rule));
+    }
+    let count = wanted.0.div_ceil(segment_bytes);
+    let count_max = u64::from(crate::names::SEGMENTS_MAX - host.segment_count);
+    if count > count_max {
+        let rule = format!("at most {count_max} segments of {} fit beside host memory; give less", Size(segment_bytes));
+        return Err(value_error("ingest", wanted, rule));
+    }
+    Ok(count as u32)
 }
 
 fn check_tenants(

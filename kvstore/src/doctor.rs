@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::config::Config;
+use crate::device::block::PAGE_BYTES;
+use crate::device::shared::SharedFile;
 use crate::size::Size;
 
 /// One thing looked for.
@@ -52,7 +54,7 @@ pub fn memory_bytes() -> u64 {
 
 /// Looks at everything; changes nothing.
 pub fn doctor(config: &Config) -> Vec<Finding> {
-    let mut findings = vec![memory(config), huge_pages(), memlock(config), io_uring()];
+    let mut findings = vec![memory(config), huge_pages(), memlock(config), shared_memory(), io_uring()];
     for (dir, index) in config.dirs.iter().zip(0u32..) {
         if config.disk.is_some() {
             findings.push(folder(config, dir, index));
@@ -64,8 +66,9 @@ pub fn doctor(config: &Config) -> Vec<Finding> {
 
 fn memory(config: &Config) -> Finding {
     let (host, memory) = (Size(config.host.bytes()), Size(memory_bytes()));
-    let found = format!("{host} of {memory} for the host tier");
-    if host.0 > memory.0 / 10 * 9 {
+    let ingest = Size(u64::from(config.ingest_segment_count) * config.host.segment_bytes);
+    let found = format!("{host} of {memory} for the host tier, {ingest} more for what local clients write");
+    if host.0 + ingest.0 > memory.0 / 10 * 9 {
         return Finding::new(
             "memory",
             found,
@@ -100,6 +103,18 @@ fn memlock(config: &Config) -> Finding {
     }
     let cure = "raise it (LimitMEMLOCK=infinity in the unit, or ulimit -l): pages may be swapped, and io_uring copies";
     Finding::new("memlock", found, Verdict::Fallback, cure)
+}
+
+/// Whether clients could change what they read in place.
+fn shared_memory() -> Finding {
+    match SharedFile::create(PAGE_BYTES) {
+        Ok(file) if file.cure().is_empty() => Finding::new("shared memory", file.describe(), Verdict::Good, ""),
+        Ok(file) => Finding::new("shared memory", file.describe(), Verdict::Fallback, file.cure()),
+        Err(error) => {
+            let cure = "raise the limit of open files (ulimit -n), and leave some memory free";
+            Finding::new("shared memory", format!("refused: {error}"), Verdict::Bad, cure)
+        }
+    }
 }
 
 fn io_uring() -> Finding {

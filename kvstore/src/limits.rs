@@ -21,6 +21,12 @@ pub const PENDING_MAX: usize = 2_048;
 /// Attachments at once: 64 engines of 64 processes.
 pub const ATTACHMENTS_MAX: usize = 4_096;
 
+/// Processes at the local door: 64 engines of 8 ranks. A ring takes 2 MiB if its client fills all of it: 1 GiB at the very worst.
+pub const LOCALS_MAX: usize = 512;
+
+/// Connections to the local door that nobody was let in through yet.
+pub const GREETINGS_MAX: usize = 128;
+
 /// An attachment that was not used for so long is gone.
 pub const ATTACHMENT_IDLE: Duration = Duration::from_secs(3_600);
 

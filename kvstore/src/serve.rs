@@ -15,10 +15,12 @@ use crate::config::{Config, Geometry};
 use crate::device::block::file::{OpenError, Opened, TierFile};
 use crate::device::block::{self, BlockDevice, PageFile};
 use crate::device::memory::{Arena, Extent};
+use crate::device::shared::SharedFile;
 use crate::doctor::{Finding, Verdict};
 use crate::driver::Driver;
 use crate::names::TenantId;
 use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
+use crate::request::door::Door;
 use crate::request::identity::{Identities, TokenError};
 use crate::request::listen::{ListenError, Listeners, Operators};
 use crate::request::server::{BlocksServer, random};
@@ -92,13 +94,16 @@ pub fn tier_file_name(index: u32) -> String {
 pub fn serve(config: Config) -> Result<(), StartError> {
     telemetry::start_log(&config.log, config.log_format).map_err(|error| StartError::Log(config.log.clone(), error))?;
     stop_on_broken_invariant();
+    // While this process is small and has neither threads nor tier files: it forks.
+    let memory = SharedFile::create(config.host.bytes());
+    let memory = memory.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
         .thread_name("tender-grpc")
         .enable_all()
         .build()
         .map_err(StartError::System)?;
-    runtime.block_on(run(config))
+    runtime.block_on(run(config, memory))
 }
 
 /// A panic of the core, or of a thread that it counts on, ends the process: a daemon that lives on without them answers nothing. A
@@ -107,7 +112,7 @@ fn stop_on_broken_invariant() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
-        let own = ["tender-core", "tender-disk", "tender-prepare", "tender-promote"];
+        let own = ["tender-core", "tender-disk", "tender-prepare", "tender-promote", "tender-door", "tender-mapper"];
         if std::thread::current().name().is_some_and(|name| own.contains(&name)) {
             std::process::abort();
         }
@@ -123,17 +128,18 @@ struct Disks {
     findings: Vec<Finding>,
 }
 
-async fn run(config: Config) -> Result<(), StartError> {
+async fn run(config: Config, memory: SharedFile) -> Result<(), StartError> {
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
     // The socket first: it tells a second daemon apart from one whose files are merely still locked.
     let listeners = Listeners::bind(&config).await?;
     let Geometry { segment_bytes, segment_count } = config.host;
-    let arena = Arena::new(segment_bytes, segment_count);
+    let arena = Arena::on(&memory, segment_bytes, segment_count, config.ingest_segment_count);
     let arena = Arc::new(arena.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?);
     let mut findings = doctor::doctor(&config);
     findings.retain(|finding| finding.what != "socket");
+    let files = Arc::new(vec![memory]);
     let disks = match config.disk {
         None => None,
         Some(geometry) => Some(open_disks(&config, geometry, &arena)?),
@@ -150,7 +156,10 @@ async fn run(config: Config) -> Result<(), StartError> {
     }
     let recovered = core.counters().recovered_blocks;
     let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
-    let (driver, handle) = driver.map_err(StartError::System)?;
+    let (mut driver, handle) = driver.map_err(StartError::System)?;
+    let door = listeners.door().and_then(|socket| Door::open(socket, files, Arc::clone(&arena), driver.queue()));
+    let door = door.map_err(StartError::System)?;
+    driver.serve_door(door.queue());
     let core_thread = std::thread::Builder::new().name("tender-core".to_owned()).spawn(move || driver.run());
     let core_thread = core_thread.map_err(StartError::System)?;
     if let Some(address) = config.metrics {
@@ -180,7 +189,7 @@ async fn run(config: Config) -> Result<(), StartError> {
     const LAST_WORDS: Duration = Duration::from_secs(1);
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
     handle.stop();
-    let _ = tokio::task::spawn_blocking(move || core_thread.join()).await;
+    let _ = tokio::task::spawn_blocking(move || (core_thread.join(), door.stop())).await;
     tracing::info!("stopped");
     Ok(())
 }
@@ -223,7 +232,7 @@ fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -
         tenants: tenants.collect(),
         host_segment_bytes: config.host.segment_bytes,
         host_segment_count: config.host.segment_count,
-        ingest_segment_count: 0,
+        ingest_segment_count: config.ingest_segment_count,
         disk,
         write_bytes_per_day: config.write_budget_per_day.map(|size| size.0),
         allow_public: config.allow_public,

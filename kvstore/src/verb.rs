@@ -3,7 +3,7 @@
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard};
 
 use crate::device::memory::Extent;
-use crate::names::{AttachmentId, By, Door, Hold, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Door, GroupId, Hold, Place, RequestId, TenantId};
 
 /// A request: who asks, by when, what.
 #[derive(Clone, Debug)]
@@ -25,7 +25,8 @@ pub enum Verb {
     Attach(Box<AttachVerb>),
     /// Leave.
     Detach(AttachmentId),
-    /// The process of this attachment writes and reads in place from now on: what it does with it ends with [`Verb::Gone`].
+    /// The process of this attachment writes and reads in place from now on: what it does with it ends with [`Verb::Gone`]. Whose it
+    /// is is the attachment's, not the asker's: it proves itself by knowing the number.
     Join(AttachmentId),
     /// The process of this attachment is dead, for certain.
     Gone(AttachmentId),
@@ -129,6 +130,13 @@ pub struct Filled {
 pub enum Reply {
     /// To `Attach`.
     Attached(Box<Attached>),
+    /// To `Join`.
+    Joined {
+        /// Whose process it is.
+        tenant: TenantId,
+        /// To which group what it holds belongs.
+        group: GroupId,
+    },
     /// To `Lookup`.
     Lookup(LookupReply),
     /// To `Reserve`: one per key.

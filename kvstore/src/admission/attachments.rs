@@ -134,16 +134,24 @@ impl Attachments {
         self.attachments.contains_key(&id)
     }
 
-    /// An attachment is of a process that writes and reads in place.
-    pub fn make_local(&mut self, id: AttachmentId, tenant: TenantId) -> bool {
-        let Some((attachment, _)) = self.attachments.get_mut(&id) else { return false };
-        if attachment.tenant != tenant {
+    /// The attachment of that name, whoever asks.
+    pub fn peek(&self, id: AttachmentId) -> Option<&Attachment> {
+        self.attachments.get(&id).map(|(attachment, _)| attachment)
+    }
+
+    /// An attachment is of a process that writes and reads in place, which it was not before.
+    pub fn make_local(&mut self, id: AttachmentId) -> bool {
+        let Some((attachment, _)) = self.attachments.get_mut(&id).filter(|(attachment, _)| !attachment.is_local) else {
             return false;
-        }
-        if !std::mem::replace(&mut attachment.is_local, true) {
-            *self.local.entry((tenant, attachment.group)).or_default() += 1;
-        }
+        };
+        attachment.is_local = true;
+        *self.local.entry((attachment.tenant, attachment.group)).or_default() += 1;
         true
+    }
+
+    /// Whether it writes and reads in place.
+    pub fn is_local(&self, id: AttachmentId) -> bool {
+        self.peek(id).is_some_and(|attachment| attachment.is_local)
     }
 
     /// Such a process is gone: its group, and whether no other of the group is left.
@@ -157,6 +165,11 @@ impl Attachments {
     /// How many write and read in place.
     pub fn local_count(&self) -> usize {
         self.local.values().sum()
+    }
+
+    /// Such processes of a tenant.
+    pub fn local_processes(&self, tenant: TenantId) -> usize {
+        self.local.range((tenant, GroupId(0))..=(tenant, GroupId(u32::MAX))).map(|(_, count)| count).sum()
     }
 
     /// Groups of a tenant with such a process.

@@ -4,6 +4,7 @@ use tender_proto::{BlockLayout, Namespace, ReuseRule};
 
 use super::{Action, Actions, Core, TenantConfig};
 use crate::admission::attachments::AttachError;
+use crate::limits;
 use crate::names::{AttachmentId, Door, Holder, NamespaceId, TenantId};
 use crate::tier;
 use crate::tier::disk::format;
@@ -86,6 +87,29 @@ impl Core {
             block_bytes: layout.block_bytes(),
             host_quota_bytes,
         }))
+    }
+
+    /// The process of an attachment comes to the local door. Whoever knows its number is that process.
+    pub(super) fn join(&mut self, attachment: AttachmentId) -> Reply {
+        let Some(attached) = self.attachments.peek(attachment) else { return Self::unattached(attachment) };
+        let (tenant, group, namespace) = (attached.tenant, attached.group, attached.namespace);
+        // It would have to read in place what belongs to other tenants, and with it their other blocks.
+        if self.index.namespaces.get(namespace).known.as_ref().is_some_and(|known| known.namespace.public) {
+            let message =
+                "blocks of a public namespace are served over gRPC alone: they may lie among another tenant's";
+            return Reply::refused(RefusalKind::Contradiction, message);
+        }
+        let most = (limits::LOCALS_MAX / self.config.tenants.len()).max(1);
+        if self.attachments.local_processes(tenant) >= most {
+            let message =
+                format!("this tenant has {most} processes at the local door, and no more fit; use gRPC meanwhile");
+            return Reply::refused(RefusalKind::Busy, message);
+        }
+        if !self.attachments.make_local(attachment) {
+            let message = "this attachment has come to the local door already; attach once for each process";
+            return Reply::refused(RefusalKind::Contradiction, message);
+        }
+        Reply::Joined { tenant, group }
     }
 
     /// What keeps whole blocks of this layout from disk or from memory though nothing refuses them: each with its cure.

@@ -26,6 +26,9 @@ use crate::verb::AcquireEnd;
 /// The daemon itself, as holder of slots that it copies to.
 const DAEMON: GroupId = GroupId(0);
 
+/// A client that could not map memory to write to is not offered any for so long: it puts over gRPC meanwhile.
+const UNABLE_MS: u64 = 10_000;
+
 /// Promotions looked at in one go when those before them find no room.
 const PROMOTION_STEPS: usize = 16;
 
@@ -56,8 +59,12 @@ pub(super) struct Ingest {
     lost: Vec<Promotion>,
     /// The first in the queue found no room; nothing has changed since.
     is_blocked: bool,
-    /// Ingest segments that are being made.
-    coming: BTreeSet<u32>,
+    /// Ingest segments that are being made, and for whom.
+    coming: BTreeMap<u32, AttachmentId>,
+    /// Of these, those that nobody was told to make yet.
+    to_make: Vec<(u32, AttachmentId)>,
+    /// Clients that could not map one, and until when they are not asked again.
+    unable: BTreeMap<AttachmentId, u64>,
     /// Ingest segments that nobody uses any more.
     dropped: Vec<u32>,
 }
@@ -73,9 +80,10 @@ impl Ingest {
         self.promotions.get(&node).is_some_and(|promotion| !promotion.slots.is_empty())
     }
 
-    /// Whether a slot that a client may write to is about to be free.
-    pub(super) fn is_coming(&self) -> bool {
-        !self.promotions.is_empty() || !self.coming.is_empty() || !self.dropped.is_empty()
+    /// Whether a slot that this client may write to is about to be free.
+    pub(super) fn is_coming(&self, writer: AttachmentId) -> bool {
+        !self.unable.contains_key(&writer)
+            && (!self.promotions.is_empty() || !self.coming.is_empty() || !self.dropped.is_empty())
     }
 }
 
@@ -99,7 +107,9 @@ impl Core {
             if let Some(slot) = self.host.tier.reserve(shelf, node, holder, shard) {
                 return Ok(slot);
             }
-            self.want_ingest_segment();
+            if let Some(writer) = owner.writer {
+                self.want_ingest_segment(writer);
+            }
         }
         self.host.tier.slab.give_up(shelf);
         Err(NoSlot::Room)
@@ -111,19 +121,22 @@ impl Core {
         (all / self.attachments.local_count().max(1)).max(1)
     }
 
-    /// Has an ingest segment made, or, when there are as many as may be, takes one from a client that has none of its blocks there, or
-    /// more segments than its part.
-    fn want_ingest_segment(&mut self) {
+    /// Has an ingest segment made for a client, or, when there are as many as may be, takes one from a client that has none of its
+    /// blocks there, or more segments than its part.
+    fn want_ingest_segment(&mut self, writer: AttachmentId) {
         let share = self.ingest_share();
         let slab = &self.host.tier.slab;
-        let ingest = &self.ingest;
-        let absent = |segment: &u32| slab.is_retired(*segment) && !ingest.coming.contains(segment);
+        let ingest = &mut self.ingest;
+        ingest.unable.retain(|_, until_ms| *until_ms > self.now_ms);
+        if ingest.unable.contains_key(&writer) || ingest.coming.values().any(|coming| *coming == writer) {
+            return;
+        }
+        let absent = |segment: &u32| slab.is_retired(*segment) && !ingest.coming.contains_key(segment);
         if let Some(segment) =
             slab.ingest_segments().find(|segment| absent(segment) && !ingest.dropped.contains(segment))
         {
-            self.ingest.coming.insert(segment);
-            // Before the rest of the arena: somebody waits for it.
-            return self.to_prepare.push_front((segment, false));
+            ingest.coming.insert(segment, writer);
+            return ingest.to_make.push((segment, writer));
         }
         if slab.ingest_segments().any(|segment| slab.is_draining(segment)) {
             return;
@@ -139,9 +152,17 @@ impl Core {
         }
     }
 
-    /// An ingest segment was made.
-    pub(super) fn ingest_segment_ready(&mut self, segment: u32) {
-        self.ingest.coming.remove(&segment);
+    /// An ingest segment was made and its client has mapped it, or that failed.
+    pub(super) fn ingest_made(&mut self, segment: u32, made: bool) {
+        let Some(writer) = self.ingest.coming.remove(&segment) else { return };
+        self.room_made = true;
+        match (made, self.attachments.is_local(writer)) {
+            (true, true) => self.host.tier.slab.ingest_ready(segment, writer),
+            (true, false) => self.ingest.dropped.push(segment),
+            (false, _) => {
+                self.ingest.unable.insert(writer, self.now_ms + UNABLE_MS);
+            }
+        }
     }
 
     /// An ingest segment lost its last slot: its memory goes, for its client may write there for ever.
@@ -200,6 +221,9 @@ impl Core {
     pub(super) fn pump_ingest(&mut self, actions: &mut Actions) {
         for promotion in std::mem::take(&mut self.ingest.lost) {
             self.promotion_failed(promotion, actions);
+        }
+        for (segment, writer) in std::mem::take(&mut self.ingest.to_make) {
+            actions.push(Action::MakeIngest { segment, writer });
         }
         for segment in std::mem::take(&mut self.ingest.dropped) {
             actions.push(Action::DropSegment(segment));
@@ -412,6 +436,9 @@ impl Core {
             }
             self.host.tier.slab.give_up(shelf);
         }
+        let unused = self.host.tier.slab.retire_free_of(attachment);
+        self.ingest.dropped.extend(unused);
+        self.ingest.unable.remove(&attachment);
     }
 }
 

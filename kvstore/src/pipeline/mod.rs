@@ -54,6 +54,13 @@ pub enum Event {
     TransferDone(TransferId, Outcome),
     /// A segment of the arena is prepared (or zeroed) and may be used.
     SegmentReady(u32),
+    /// An ingest segment is there, mapped by its client and by the daemon, and closed for other writers; or the client could not.
+    IngestMade {
+        /// Which.
+        segment: u32,
+        /// Whether it is there.
+        made: bool,
+    },
     /// The core asked to go on.
     Continue,
     /// Time has passed: deadlines, the directory, attachments.
@@ -73,6 +80,13 @@ pub enum Action {
         segment: u32,
         /// It was used before.
         used: bool,
+    },
+    /// Make memory that this client writes to. `IngestMade` follows, also when the client does not answer.
+    MakeIngest {
+        /// Its place in the arena.
+        segment: u32,
+        /// The client.
+        writer: AttachmentId,
     },
     /// An ingest segment is not needed any more: its memory goes.
     DropSegment(u32),
@@ -271,11 +285,11 @@ impl Core {
             Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
             Event::SegmentReady(segment) => {
                 self.preparing = false;
-                self.serves |= segment < self.config.host_segment_count;
-                self.ingest_segment_ready(segment);
+                self.serves = true;
                 self.host.tier.slab.segment_ready(segment);
                 self.room_made = true;
             }
+            Event::IngestMade { segment, made } => self.ingest_made(segment, made),
             Event::Continue => self.go_on(actions),
             Event::Tick => self.tick(actions),
         }
@@ -297,10 +311,7 @@ impl Core {
                 }
                 Some(Reply::Done)
             }
-            Verb::Join(attachment) => Some(match self.attachments.make_local(attachment, tenant) {
-                true => Reply::Done,
-                false => Self::unattached(attachment),
-            }),
+            Verb::Join(attachment) => Some(self.join(attachment)),
             Verb::Gone(attachment) => {
                 self.member_gone(attachment);
                 Some(Reply::Done)

@@ -13,7 +13,7 @@ use crate::limits;
 use crate::names::{AttachmentId, By, Door, Hold, Holder, NodeId, Place, SlotId, TenantId};
 use crate::tier;
 use crate::tier::slab::{Owner, ShelfId, SlotState};
-use crate::verb::{CommitOutcome, Filled, Reply, Request, ReserveOutcome, Verb};
+use crate::verb::{CommitOutcome, Filled, RefusalKind, Reply, Request, ReserveOutcome, Verb};
 
 /// An incomplete block is given up when nothing was added to it for so long.
 const PARTIAL_MS: u64 = 60_000;
@@ -29,6 +29,9 @@ impl Core {
             unreachable!("only reservations are reserved")
         };
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
+        if let Err(error) = under.layout.shard(shard.index.into(), shard.count.into()) {
+            return Some(Reply::refused(RefusalKind::Invalid, error.to_string()));
+        }
         let may_wait = deadline_ms > self.now_ms && self.is_patient(patience);
         let under = Under { holder: Holder { door, ..under.holder }, ..under };
         let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
@@ -39,7 +42,7 @@ impl Core {
         let got_nothing = outcomes.first().is_some_and(is_refusal);
         let wait = match door {
             Door::Stream => is_short && self.memory_is_coming() || got_nothing && self.room_is_coming(),
-            Door::Ring => got_nothing && self.ingest.is_coming(),
+            Door::Ring => got_nothing && self.ingest.is_coming(attachment),
         };
         if may_wait && wait {
             self.abort(By::Daemon, &granted(&outcomes));

@@ -130,7 +130,7 @@ impl Core {
     /// Whether a slot of host memory may become free without anybody's doing.
     pub(super) fn room_is_coming(&self) -> bool {
         let draining = self.draining[Place::Host.at()].is_some();
-        self.memory_is_coming() || draining || !self.writing.is_empty() || self.ingest.is_coming()
+        self.memory_is_coming() || draining || !self.writing.is_empty() || !self.ingest.is_idle()
     }
 
     /// Whether a request that has waited for room so far may go on to.

@@ -1,10 +1,12 @@
-//! Sockets: a Unix socket always, a loopback address if configured, nothing else while there is no encryption.
+//! Sockets: a Unix socket always, that of the local door beside it, a loopback address if configured, nothing else while there is no
+//! encryption.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tender_proto::greeting::SOCKET_SUFFIX;
 use tender_proto::wire;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -49,6 +51,8 @@ pub struct Listeners {
     unix: UnixListener,
     tcp: Option<TcpListener>,
     file: SocketFile,
+    door: std::os::unix::net::UnixListener,
+    door_file: SocketFile,
 }
 
 /// The name of our Unix socket: removed with the daemon, whether it served or did not even start.
@@ -86,7 +90,16 @@ impl Listeners {
         }
         let unix = UnixListener::bind(path).map_err(error)?;
         let file = SocketFile::of(path).map_err(error)?;
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(config.socket_mode)).map_err(error)?;
+        let mode = std::fs::Permissions::from_mode(config.socket_mode);
+        std::fs::set_permissions(path, mode.clone()).map_err(error)?;
+        let mut door_path = path.clone().into_os_string();
+        door_path.push(SOCKET_SUFFIX);
+        let door_path = PathBuf::from(door_path);
+        let door_error = |source| ListenError::Socket { path: door_path.display().to_string(), source };
+        remove_stale(&door_path).map_err(door_error)?;
+        let door = std::os::unix::net::UnixListener::bind(&door_path).map_err(door_error)?;
+        let door_file = SocketFile::of(&door_path).map_err(door_error)?;
+        std::fs::set_permissions(&door_path, mode).map_err(door_error)?;
         let tcp = match config.listen {
             None => None,
             Some(address) => Some(
@@ -95,7 +108,12 @@ impl Listeners {
                     .map_err(|source| ListenError::Address { address: address.to_string(), source })?,
             ),
         };
-        Ok(Self { unix, tcp, file })
+        Ok(Self { unix, tcp, file, door, door_file })
+    }
+
+    /// The socket of the local door, for whoever serves it.
+    pub fn door(&self) -> io::Result<std::os::unix::net::UnixListener> {
+        self.door.try_clone()
     }
 
     /// Serves until `stop` is resolved, then lets what is under way finish.
@@ -109,7 +127,7 @@ impl Listeners {
             // A sender that is gone says the same.
             let _ = stop.wait_for(|stop| *stop).await;
         };
-        let Self { unix, tcp, file: _until_the_end } = self;
+        let Self { unix, tcp, file: _until_the_end, door: _, door_file: _and_this } = self;
         let unix = router(blocks.clone(), operators.clone())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped(stop.clone()));
         let tcp = async {

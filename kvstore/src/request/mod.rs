@@ -6,8 +6,11 @@
 //! identity.rs  token or socket -> tenant            put.rs  get.rs  watch.rs    the streams
 //! session.rs   what an attachment said              operator.rs  status and configuration
 //! window.rs    how much of host memory they hold
+//! door.rs      the local door: rings, and memory to map   connection.rs   one client's connection to it
 //! ```
 
+mod connection;
+pub mod door;
 mod get;
 pub mod identity;
 pub mod listen;

@@ -35,7 +35,7 @@ impl World {
                 }
             }
             (Question::Lookup { space, at }, Reply::Lookup(reply)) => self.looked_up(space, &at, &reply),
-            (Question::Join, Reply::Done) => {}
+            (Question::Join, Reply::Joined { .. }) => {}
             (Question::Reserve { group, attachment, door, version, at, shard }, Reply::Reserved(outcomes)) => {
                 self.reserved((group, attachment, door), version, &at, shard, &outcomes);
             }

@@ -37,7 +37,9 @@ pub(super) struct Scribble {
 impl Group {
     pub(super) fn new(number: usize, spaces: &[Space], random: &mut Random) -> Self {
         let space = random.index(spaces.len());
-        let door = random.pick(&[Door::Stream, Door::Ring]);
+        let ring = random.pick(&[Door::Stream, Door::Ring]);
+        // Of public namespaces nothing is read in place.
+        let door = if spaces[space].tenants.len() > 1 { Door::Stream } else { ring };
         Self {
             name: format!("group-{number}"),
             tenant: random.pick(&spaces[space].tenants),

@@ -31,6 +31,10 @@ pub(super) enum Due {
         segment: u32,
         used: bool,
     },
+    IngestMade {
+        segment: u32,
+        made: bool,
+    },
     Operation,
     FinishPut(Vec<Put>),
     Release(Vec<Lease>),
@@ -207,10 +211,16 @@ impl World {
             }
             Due::Continue => self.step(Event::Continue),
             Due::SegmentReady { segment, used } => {
-                if used || self.is_ingest(segment) {
+                if used {
                     self.arena.zero(segment);
                 }
                 self.step(Event::SegmentReady(segment));
+            }
+            Due::IngestMade { segment, made } => {
+                if made {
+                    self.arena.zero(segment);
+                }
+                self.step(Event::IngestMade { segment, made });
             }
             Due::Operation => {
                 if self.clients_live {
@@ -300,6 +310,12 @@ impl World {
                 assert!(self.held.range(start..end).next().is_none(), "segment {segment} changes owner while in use");
                 let after_us = self.random.between(10, 20_000);
                 self.schedule(after_us, Due::SegmentReady { segment, used });
+            }
+            Action::MakeIngest { segment, writer } => {
+                self.trace.note(format_args!("  make ingest segment {segment} for {writer:?}"));
+                let after_us = self.random.between(10, 50_000);
+                let made = !self.random.happens(100);
+                self.schedule(after_us, Due::IngestMade { segment, made });
             }
             Action::DropSegment(segment) => {
                 self.trace.note(format_args!("  drop segment {segment}"));

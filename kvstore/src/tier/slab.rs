@@ -114,7 +114,8 @@ pub struct Slab {
     /// Ingest segments have the numbers from here on.
     shared_count: u32,
     free: Vec<u32>,
-    free_ingest: Vec<u32>,
+    /// Ingest segments that are ready, each for the client that has it mapped.
+    free_ingest: Vec<(u32, AttachmentId)>,
     shelves: Vec<Shelf>,
     /// Names of shelves that were given up.
     free_shelves: Vec<ShelfId>,
@@ -277,22 +278,48 @@ impl Slab {
 
     /// A segment was prepared (or zeroed) and may be used.
     pub fn segment_ready(&mut self, segment: u32) {
+        assert!(segment < self.shared_count, "segment {segment} is made for one client");
+        self.make_free(segment);
+        self.free.push(segment);
+    }
+
+    /// An ingest segment was made, and that client has it mapped.
+    pub fn ingest_ready(&mut self, segment: u32, writer: AttachmentId) {
+        assert!(segment >= self.shared_count, "segment {segment} is the daemon's");
+        self.make_free(segment);
+        self.free_ingest.push((segment, writer));
+    }
+
+    fn make_free(&mut self, segment: u32) {
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Retired, "segment {segment} is prepared once");
         record.state = SegmentState::Free;
-        if segment < self.shared_count { self.free.push(segment) } else { self.free_ingest.push(segment) }
     }
 
-    fn free_for(&mut self, shelf: ShelfId) -> &mut Vec<u32> {
-        let is_ingest = self.owner(shelf).writer.is_some();
-        if is_ingest { &mut self.free_ingest } else { &mut self.free }
+    /// Takes back the ingest segments that a client has mapped and does not use.
+    pub fn retire_free_of(&mut self, writer: AttachmentId) -> Vec<u32> {
+        let own = self.free_ingest.extract_if(.., |(_, owner)| *owner == writer);
+        let own: Vec<u32> = own.map(|(segment, _)| segment).collect();
+        for &segment in &own {
+            self.segments[segment as usize].state = SegmentState::Retired;
+        }
+        own
+    }
+
+    fn take_free(&mut self, shelf: ShelfId) -> Option<u32> {
+        let Some(writer) = self.owner(shelf).writer else { return self.free.pop() };
+        let at = self.free_ingest.iter().position(|(_, owner)| *owner == writer)?;
+        Some(self.free_ingest.remove(at).0)
     }
 
     /// Whether a slot of this shelf can be had without taking one from somebody.
     pub fn has_room(&self, shelf: ShelfId) -> bool {
         let Shelf { owner, open, .. } = &self.shelves[shelf.0 as usize];
-        let free = if owner.writer.is_some() { &self.free_ingest } else { &self.free };
-        !open.is_empty() || !free.is_empty()
+        let has_free = match owner.writer {
+            Some(writer) => self.free_ingest.iter().any(|(_, owner)| *owner == writer),
+            None => !self.free.is_empty(),
+        };
+        !open.is_empty() || has_free
     }
 
     /// Whether a segment of this shelf has a free slot.
@@ -324,7 +351,7 @@ impl Slab {
     /// Takes a free slot of the shelf for one shard of a node's copy, assigning a free segment if need be.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         if self.shelves[shelf.0 as usize].open.is_empty() {
-            let segment = self.free_for(shelf).pop()?;
+            let segment = self.take_free(shelf)?;
             self.assign(segment, shelf);
         }
         let segment = *self.shelves[shelf.0 as usize].open.last()?;
@@ -372,7 +399,7 @@ impl Slab {
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Free, "segment {segment} has one owner");
         self.free.retain(|&free| free != segment);
-        self.free_ingest.retain(|&free| free != segment);
+        self.free_ingest.retain(|(free, _)| *free != segment);
         record.state = SegmentState::Owned(shelf);
         let free = Slot {
             node: NodeId::NONE,

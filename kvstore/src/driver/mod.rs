@@ -1,12 +1,24 @@
-//! The thread of the core, and the way to it. Requests come through one bounded queue and are answered through a channel each; a permit
-//! per request keeps room in the queue for completions, which may not be lost.
+//! The thread of the core, and the way to it. Requests over gRPC come through one bounded queue and are answered through a channel each;
+//! a permit per request keeps room in the queue for completions, which may not be lost. Requests of local processes lie in their rings,
+//! which this thread polls itself.
+//!
+//! ```text
+//! gRPC, disks, helpers ──► queue ──┐                        ┌──► channel of the request
+//!                                  ├─► events ─► core ─► actions ─► rings, bells
+//! clients ──► rings (locals.rs) ───┘                        └──► disks, helpers, the door
+//!                    nothing there: spin for a while, then sleep (waiting.rs) until the queue or a doorbell wakes
+//! ```
 //!
 //! What a reply grants (leases, reservations) travels with an [`Undo`]: whoever drops the reply, at whatever moment (a client that went
 //! away, a task that was cancelled), gives it back.
 
+mod locals;
+mod ring;
+mod waiting;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,13 +27,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use crate::clock::Clock;
 use crate::device::memory::Arena;
 use crate::limits;
-use crate::names::{By, Hold, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Hold, RequestId, TenantId};
 use crate::pipeline::{Action, Core, Event};
 use crate::telemetry;
 use crate::transfer::disk::Command;
 use crate::transfer::promote::{self, Promotion};
 use crate::transfer::{Outcome, TransferId};
 use crate::verb::{Refusal, RefusalKind, Reply, Request, ReserveOutcome, Verb};
+
+pub use self::locals::Local;
+use self::locals::{Locals, Open, Replied, Taken};
+pub use self::ring::Member;
+pub use self::waiting::{Queue, Sleeper};
 
 /// A reply, and what undoes it.
 #[derive(Debug)]
@@ -37,27 +54,12 @@ pub struct Answer {
 #[must_use = "dropping it gives back what was granted"]
 pub struct Undo {
     verb: Option<Verb>,
-    sender: SyncSender<Input>,
+    sender: Queue<Input>,
 }
 
 impl Undo {
-    fn of(reply: &Reply, sender: &SyncSender<Input>) -> Option<Self> {
-        let verb = match reply {
-            Reply::Acquired(acquired) => {
-                let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
-                Verb::Release(By::Daemon, parts.map(|part| part.hold).collect())
-            }
-            Reply::Reserved(outcomes) => {
-                let granted = |outcome: &ReserveOutcome| match outcome {
-                    ReserveOutcome::Granted { hold, .. } => Some(*hold),
-                    _ => None,
-                };
-                Verb::Abort(By::Daemon, outcomes.iter().filter_map(granted).collect())
-            }
-            _ => return None,
-        };
-        let (Verb::Release(_, holds) | Verb::Abort(_, holds)) = &verb else { return None };
-        if holds.is_empty() { None } else { Some(Self { verb: Some(verb), sender: sender.clone() }) }
+    fn of(reply: &Reply, sender: &Queue<Input>) -> Option<Self> {
+        undo_of(reply).map(|verb| Self { verb: Some(verb), sender: sender.clone() })
     }
 
     /// Somebody else answers for these from now on.
@@ -83,26 +85,81 @@ impl Drop for Undo {
     }
 }
 
-#[derive(Debug)]
-enum Responder {
-    Once(oneshot::Sender<Answer>),
-    /// Its permit is given back with the last answer.
-    Many(mpsc::Sender<Reply>, OwnedSemaphorePermit),
+/// What gives back what a reply grants.
+fn undo_of(reply: &Reply) -> Option<Verb> {
+    let verb = match reply {
+        Reply::Acquired(acquired) => {
+            let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
+            Verb::Release(By::Daemon, parts.map(|part| part.hold).collect())
+        }
+        Reply::Reserved(outcomes) => {
+            let granted = |outcome: &ReserveOutcome| match outcome {
+                ReserveOutcome::Granted { hold, .. } => Some(*hold),
+                _ => None,
+            };
+            Verb::Abort(By::Daemon, outcomes.iter().filter_map(granted).collect())
+        }
+        _ => return None,
+    };
+    let (Verb::Release(_, holds) | Verb::Abort(_, holds)) = &verb else { return None };
+    (!holds.is_empty()).then_some(verb)
 }
 
+/// Where a reply goes.
 #[derive(Debug)]
-enum Input {
+pub enum Responder {
+    /// A request over gRPC that is answered once.
+    Once(oneshot::Sender<Answer>),
+    /// One that is answered several times. Its permit is given back with the last answer.
+    Many(mpsc::Sender<Reply>, OwnedSemaphorePermit),
+    /// A ring.
+    Ring(Open),
+    /// The door, on behalf of that process, by the number of its connection.
+    Join(u64, Box<Local>),
+}
+
+/// What the core has the local door do.
+#[derive(Debug)]
+pub enum DoorCommand {
+    /// The core has let the process in that came through this connection, or says why not.
+    Joined(u64, Result<TenantId, String>),
+    /// Make an ingest segment for that process.
+    Make(u32, AttachmentId),
+    /// That ingest segment is used no more.
+    Forget(u32),
+    /// That process broke its ring: it is served no more through the door, and watched until it is dead.
+    LetGo(AttachmentId),
+    /// That process has left by another way, and holds nothing.
+    Left(AttachmentId),
+    /// Close.
+    Stop,
+}
+
+/// What the thread of the core is told.
+#[derive(Debug)]
+pub enum Input {
+    /// A request over gRPC.
     Ask(Request, Responder),
+    /// Grants that nobody took.
     Undo(Verb),
+    /// A transfer has ended.
     Done(TransferId, Outcome),
+    /// A segment is prepared.
     Ready(u32),
+    /// An ingest segment is there, under that name, or could not be made.
+    IngestMade(u32, Option<u32>),
+    /// A process comes to the local door, through the connection of that number.
+    Join(u64, Box<Local>),
+    /// A process is dead, or has left.
+    Gone(AttachmentId),
+    /// End.
     Stop,
 }
 
 /// The way to the core. Clones are the same way.
 #[derive(Clone)]
 pub struct CoreHandle {
-    sender: SyncSender<Input>,
+    sender: Queue<Input>,
     permits: Arc<Semaphore>,
     last_request: Arc<AtomicU64>,
     clock: Clock,
@@ -115,7 +172,16 @@ pub struct Driver {
     core: Core,
     clock: Clock,
     inputs: Receiver<Input>,
-    sender: SyncSender<Input>,
+    sleeper: Sleeper,
+    sender: Queue<Input>,
+    last_request: Arc<AtomicU64>,
+    locals: Locals,
+    door: Option<Queue<DoorCommand>>,
+    /// How long to spin after work of the rings, before sleeping.
+    spin: Duration,
+    worked: Instant,
+    heard: Vec<u64>,
+    taken: Vec<Taken>,
     responders: HashMap<RequestId, Responder>,
     disks: Vec<DiskThread>,
     arena: Arc<Arena>,
@@ -135,6 +201,18 @@ pub struct DiskThread {
 /// Completions and grants given back that may be queued beside the requests: every transfer of 16 files, and every request once.
 const QUEUE: usize = 3 * limits::REQUESTS_MAX;
 
+/// Events taken in one go.
+const EVENTS_AT_ONCE: usize = 256;
+
+/// How long the core's thread spins after work of a ring: about what it costs to be woken. Where there is one processor, whoever would
+/// give it work needs that one.
+fn spin_time() -> Duration {
+    match std::thread::available_parallelism() {
+        Ok(count) if count.get() > 1 => Duration::from_micros(50),
+        _ => Duration::ZERO,
+    }
+}
+
 impl Driver {
     /// Puts threads around a core: one for each device, one to prepare segments. `run` is the core's own.
     pub fn new(
@@ -145,6 +223,8 @@ impl Driver {
         clock: Clock,
     ) -> std::io::Result<(Self, CoreHandle)> {
         let (sender, inputs) = sync_channel(QUEUE);
+        let sleeper = Sleeper::new()?;
+        let sender = Queue::new(sender, &sleeper);
         let (residency, watchers): (Vec<_>, Vec<_>) = (0..tenant_count).map(|_| watch::channel(0)).unzip();
         let disks: Vec<DiskThread> =
             devices.into_iter().map(|device| disk_thread(device, arena, &sender)).collect::<Result<_, _>>()?;
@@ -153,7 +233,7 @@ impl Driver {
         let handle = CoreHandle {
             sender: sender.clone(),
             permits: Arc::new(Semaphore::new(limits::REQUESTS_MAX)),
-            last_request: Arc::new(AtomicU64::new(0)),
+            last_request: Arc::default(),
             clock,
             arena: Arc::clone(arena),
             residency: Arc::new(watchers),
@@ -165,7 +245,15 @@ impl Driver {
                 core,
                 clock,
                 inputs,
+                sleeper,
                 sender,
+                last_request: Arc::clone(&handle.last_request),
+                locals: Locals::new(arena),
+                door: None,
+                spin: spin_time(),
+                worked: Instant::now(),
+                heard: Vec::new(),
+                taken: Vec::new(),
                 responders,
                 disks,
                 arena: Arc::clone(arena),
@@ -178,30 +266,34 @@ impl Driver {
         ))
     }
 
+    /// How the local door tells the core of processes.
+    pub fn queue(&self) -> Queue<Input> {
+        self.sender.clone()
+    }
+
+    /// The local door, which this core serves from now on.
+    pub fn serve_door(&mut self, door: Queue<DoorCommand>) {
+        self.door = Some(door);
+    }
+
     /// Runs the core until [`CoreHandle::stop`]. Returns when all devices have come to rest.
     pub fn run(mut self) {
         let mut events = vec![Event::Tick];
         let mut actions = Vec::new();
         let mut ticked = Instant::now();
-        'running: loop {
+        loop {
             for event in events.drain(..) {
                 self.core.step(event, self.clock.now_ms(), &mut actions);
             }
             let again = self.carry_out(&mut actions, &mut events);
-            let wait = if again || !events.is_empty() { Duration::ZERO } else { limits::TICK };
-            match self.inputs.recv_timeout(wait) {
-                Ok(Input::Stop) => break 'running,
-                Ok(input) => events.push(self.event(input)),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break 'running,
+            self.locals.wake_clients();
+            // One look at the clock and one round of replies for all that has come.
+            let mut is_running = self.gather(&mut events);
+            if is_running && events.is_empty() && !again {
+                is_running = self.wait(&mut events);
             }
-            // What else came meanwhile is taken along: one look at the clock and one round of replies for all.
-            while events.len() < 256 {
-                match self.inputs.try_recv() {
-                    Ok(Input::Stop) => break 'running,
-                    Ok(input) => events.push(self.event(input)),
-                    Err(_) => break,
-                }
+            if !is_running {
+                break;
             }
             if again {
                 events.push(Event::Continue);
@@ -212,14 +304,95 @@ impl Driver {
                 self.publish();
             }
         }
+        self.locals.close_all(&self.sleeper);
         for disk in self.disks.drain(..) {
             disk.stop();
         }
     }
 
-    fn event(&mut self, input: Input) -> Event {
-        match input {
+    /// What has come through the queue and the rings; false when the end has come.
+    fn gather(&mut self, events: &mut Vec<Event>) -> bool {
+        while events.len() < EVENTS_AT_ONCE {
+            match self.inputs.try_recv() {
+                Ok(Input::Stop) | Err(TryRecvError::Disconnected) => return false,
+                Ok(input) => events.extend(self.event(input)),
+                Err(TryRecvError::Empty) => break,
+            }
+        }
+        if !self.locals.is_empty() {
+            let mut taken = std::mem::take(&mut self.taken);
+            for broken in self.locals.take(&mut taken) {
+                self.let_go(broken, DoorCommand::LetGo(broken));
+            }
+            if !taken.is_empty() {
+                self.worked = Instant::now();
+            }
+            for Taken { verb, deadline_ms, open } in taken.drain(..) {
+                events.extend(self.asked(verb, deadline_ms, open));
+            }
+            self.taken = taken;
+        }
+        true
+    }
+
+    /// Spins for a while after work of the rings, then sleeps until something comes, a tick at most. False when the end has come.
+    fn wait(&mut self, events: &mut Vec<Event>) -> bool {
+        self.locals.wake_clients();
+        while !self.locals.is_empty() && self.worked.elapsed() < self.spin {
+            std::hint::spin_loop();
+            if !self.gather(events) {
+                return false;
+            }
+            if !events.is_empty() {
+                return true;
+            }
+        }
+        self.sleeper.prepare();
+        let is_running = self.gather(events);
+        if !is_running || !events.is_empty() || !self.locals.prepare_to_sleep() {
+            self.sleeper.woke();
+            return is_running;
+        }
+        // What was malformed in that last look is answered too.
+        self.locals.wake_clients();
+        let mut heard = std::mem::take(&mut self.heard);
+        self.sleeper.sleep(limits::TICK, &mut heard);
+        self.locals.woke(&heard);
+        self.heard = heard;
+        self.gather(events)
+    }
+
+    /// A request that came through a ring.
+    fn asked(&mut self, verb: Verb, deadline_ms: u32, open: Open) -> Option<Event> {
+        let member = self.locals.member(&open)?;
+        let deadline = match deadline_ms {
+            0 => limits::DEADLINE_DEFAULT,
+            deadline_ms => Duration::from_millis(deadline_ms.into()),
+        };
+        let id = RequestId(self.last_request.fetch_add(1, Ordering::Relaxed) + 1);
+        let deadline_ms = self.clock.deadline_ms(deadline);
+        self.responders.insert(id, Responder::Ring(open));
+        Some(Event::Request(Request { id, tenant: member.tenant, deadline_ms, verb }))
+    }
+
+    /// A ring that is used no more.
+    fn let_go(&mut self, attachment: AttachmentId, command: DoorCommand) {
+        self.locals.close(attachment, &self.sleeper);
+        self.tell_door(command);
+    }
+
+    /// Has the door do something; whether it will. Never waits: a queue that is full belongs to a door that is stuck, and what it was to
+    /// make is not made then.
+    fn tell_door(&self, command: DoorCommand) -> bool {
+        self.door.as_ref().is_some_and(|door| door.try_send(command).is_ok())
+    }
+
+    fn event(&mut self, input: Input) -> Option<Event> {
+        Some(match input {
             Input::Ask(request, responder) => {
+                if let Verb::Detach(attachment) = request.verb {
+                    self.let_go(attachment, DoorCommand::Left(attachment));
+                }
                 self.responders.insert(request.id, responder);
                 Event::Request(request)
             }
@@ -231,8 +404,24 @@ impl Driver {
                 }
                 Event::SegmentReady(segment)
             }
-            Input::Stop => Event::Tick,
-        }
+            Input::IngestMade(segment, mapping) => {
+                if let Some(mapping) = mapping {
+                    self.locals.name_mapping(segment, mapping);
+                }
+                Event::IngestMade { segment, made: mapping.is_some() }
+            }
+            Input::Join(connection, local) => {
+                let id = RequestId(self.last_request.fetch_add(1, Ordering::Relaxed) + 1);
+                let verb = Verb::Join(local.member.attachment);
+                self.responders.insert(id, Responder::Join(connection, local));
+                Event::Request(Request { id, tenant: TenantId(0), deadline_ms: 0, verb })
+            }
+            Input::Gone(attachment) => {
+                self.locals.close(attachment, &self.sleeper);
+                self.undo(Verb::Gone(attachment))
+            }
+            Input::Stop => return None,
+        })
     }
 
     /// A request of the driver's own: nobody waits for its reply, and whose it is does not matter to what ends a hold.
@@ -264,8 +453,14 @@ impl Driver {
                         tracing::error!("the thread that copies to shared memory is gone");
                     }
                 }
+                Action::MakeIngest { segment, writer } => {
+                    if !self.tell_door(DoorCommand::Make(segment, writer)) {
+                        events.push(Event::IngestMade { segment, made: false });
+                    }
+                }
                 Action::DropSegment(segment) => {
                     self.arena.take_out(segment);
+                    self.tell_door(DoorCommand::Forget(segment));
                 }
                 Action::Again => again = true,
                 Action::Warn(message) => tracing::warn!("{message}"),
@@ -277,6 +472,18 @@ impl Driver {
     fn reply(&mut self, id: RequestId, reply: Reply) -> Option<Verb> {
         let more = matches!(&reply, Reply::Prefetch(prefetch) if !prefetch.done);
         match self.responders.remove(&id)? {
+            Responder::Ring(open) => match self.locals.reply(open, reply) {
+                Replied::Done(undo) => undo,
+                Replied::Later(open) => {
+                    self.responders.insert(id, Responder::Ring(open));
+                    None
+                }
+                Replied::Unheard(reply) => undo_of(&reply),
+            },
+            Responder::Join(connection, local) => {
+                self.joined(connection, *local, reply);
+                None
+            }
             Responder::Once(sender) => {
                 let undo = Undo::of(&reply, &self.sender);
                 let mut answer = sender.send(Answer { reply, undo }).err()?;
@@ -293,6 +500,27 @@ impl Driver {
                 None
             }
         }
+    }
+
+    /// The core has let a process in, or not: its connection is told.
+    fn joined(&mut self, connection: u64, mut local: Local, reply: Reply) {
+        let attachment = local.member.attachment;
+        let answer = match reply {
+            Reply::Joined { tenant, group } => {
+                (local.member.tenant, local.member.group) = (tenant, group);
+                match self.locals.open(local, &self.sleeper) {
+                    Ok(()) => Ok(tenant),
+                    Err(error) => {
+                        // As if it had died: nothing is granted yet.
+                        let _ = self.sender.try_send(Input::Gone(attachment));
+                        Err(format!("the daemon cannot listen to one more client ({error}); use gRPC meanwhile"))
+                    }
+                }
+            }
+            Reply::Refused(refusal) => Err(refusal.message),
+            _ => unreachable!("a join is answered with its own reply"),
+        };
+        self.tell_door(DoorCommand::Joined(connection, answer));
     }
 
     fn publish(&mut self) {
@@ -326,7 +554,7 @@ impl DiskThread {
 fn disk_thread(
     device: Box<dyn crate::device::block::BlockDevice>,
     arena: &Arc<Arena>,
-    sender: &SyncSender<Input>,
+    sender: &Queue<Input>,
 ) -> std::io::Result<DiskThread> {
     let queue = device.depth() + limits::DIRECTORY_WRITES_MAX + 8 + arena.segment_count() as usize;
     let (commands, receiver) = sync_channel(queue);
@@ -341,7 +569,7 @@ fn disk_thread(
     Ok(DiskThread { commands, wake, thread: Mutex::new(Some(thread)) })
 }
 
-fn promote_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Result<SyncSender<Promotion>> {
+fn promote_thread(arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<SyncSender<Promotion>> {
     let (requests, receiver) = sync_channel(limits::PROMOTIONS_MAX + usize::from(u8::MAX));
     let (arena, sender) = (Arc::clone(arena), sender.clone());
     std::thread::Builder::new().name("tender-promote".to_owned()).spawn(move || {
@@ -353,7 +581,7 @@ fn promote_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Re
     Ok(requests)
 }
 
-fn prepare_thread(arena: &Arc<Arena>, sender: &SyncSender<Input>) -> std::io::Result<SyncSender<(u32, bool)>> {
+fn prepare_thread(arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<SyncSender<(u32, bool)>> {
     let (requests, receiver) = sync_channel::<(u32, bool)>(2);
     let (arena, sender) = (Arc::clone(arena), sender.clone());
     std::thread::Builder::new().name("tender-prepare".to_owned()).spawn(move || {

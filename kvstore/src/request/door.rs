@@ -1,0 +1,467 @@
+//! The local door: the socket on which processes of this node get their rings and the memory behind them, and the watch over these
+//! processes. One thread; what it cannot do at once it leaves to the next turn, and it never waits for a client. What is said is drawn in
+//! `proto/src/greeting.rs`.
+//!
+//! ```text
+//! connection   Greeting ──Open, pidfd──► Joining ──core: Joined──► Open        at its end nothing is lost but the way to tell things
+//! member       made when the core lets it in; ends when its pidfd says dead, or it says Leave: the core is told, once
+//! file         Make ──► offered to its writer (Map) ──Mapped──► sealed and mapped here (a thread of its own) ──► the core grants in it
+//!                            └─ Unmappable, no answer in time, gone ──► given up
+//! ```
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tender_proto::descriptors::{Bell, EventFd, Process};
+use tender_proto::greeting::{ToClient, ToDaemon};
+use tender_proto::ring::{DaemonRing, RingMemory};
+
+use super::connection::{Connection, Heard};
+use crate::device::ingest::IngestFile;
+use crate::device::memory::Arena;
+use crate::device::shared::SharedFile;
+use crate::driver::{DoorCommand, Input, Local, Member, Queue, Sleeper};
+use crate::limits;
+use crate::names::{AttachmentId, GroupId, TenantId};
+
+/// A connection that has not said who it is after so long is closed.
+const GREETING: Duration = Duration::from_secs(5);
+
+/// A client that has not mapped its memory after so long gets none.
+const MAPPING: Duration = Duration::from_secs(10);
+
+/// How often deadlines are looked at.
+const TURN: Duration = Duration::from_millis(500);
+
+/// The way to the door's thread.
+pub struct Door {
+    commands: Queue<DoorCommand>,
+    thread: JoinHandle<()>,
+}
+
+impl Door {
+    /// Opens the door: a thread serves `listener`.
+    pub fn open(
+        listener: UnixListener,
+        files: Arc<Vec<SharedFile>>,
+        arena: Arc<Arena>,
+        core: Queue<Input>,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let sleeper = Sleeper::new()?;
+        sleeper.listen(listener.as_fd(), LISTENER)?;
+        let queue = limits::LOCALS_MAX + 4 * arena.ingest_count() as usize;
+        let (sender, commands) = sync_channel(queue);
+        let sender = Queue::new(sender, &sleeper);
+        let mapper = mapping_thread(&arena, core.clone(), sender.clone())?;
+        let first_mapping = tender_proto::greeting::SHARED_MAPPING + 1;
+        let doorman = Doorman {
+            listener,
+            sleeper,
+            commands,
+            core,
+            mapper,
+            files,
+            segment_bytes: arena.segment_bytes(),
+            connections: HashMap::new(),
+            joining: HashMap::new(),
+            members: HashMap::new(),
+            memory: HashMap::new(),
+            last_name: LISTENER,
+            next_mapping: first_mapping,
+        };
+        let thread = std::thread::Builder::new().name("tender-door".to_owned()).spawn(move || doorman.run())?;
+        Ok(Self { commands: sender, thread })
+    }
+
+    /// How the core tells it what to do.
+    pub fn queue(&self) -> Queue<DoorCommand> {
+        self.commands.clone()
+    }
+
+    /// Closes it.
+    pub fn stop(self) {
+        let Self { commands, thread } = self;
+        if commands.send(DoorCommand::Stop).is_ok() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The name under which the listening socket is heard. Connections have even names behind it, processes the odd one after their
+/// connection's.
+const LISTENER: u64 = 2;
+
+/// A process that was let in.
+struct Watched {
+    process: Process,
+    tenant: TenantId,
+    /// Its connection, while there is one.
+    connection: u64,
+}
+
+/// Memory that a client writes.
+struct Memory {
+    mapping: u32,
+    tenant: TenantId,
+    writer: AttachmentId,
+    file: Arc<IngestFile>,
+    /// Until when the writer must have mapped it; `None` when it has.
+    until: Option<Instant>,
+    /// Connections that were given it to read.
+    readers: Vec<u64>,
+}
+
+/// A process that the core has not let in yet.
+struct Joining {
+    attachment: AttachmentId,
+    process: Process,
+    /// What it is to get: ring, doorbell, bell.
+    descriptors: [OwnedFd; 3],
+    verify: bool,
+}
+
+struct Doorman {
+    listener: UnixListener,
+    sleeper: Sleeper,
+    commands: Receiver<DoorCommand>,
+    core: Queue<Input>,
+    mapper: SyncSender<(u32, u32, Arc<IngestFile>)>,
+    /// Shared memory, by tenant.
+    files: Arc<Vec<SharedFile>>,
+    segment_bytes: u64,
+    connections: HashMap<u64, Connection>,
+    joining: HashMap<u64, Joining>,
+    members: HashMap<AttachmentId, Watched>,
+    /// By segment.
+    memory: HashMap<u32, Memory>,
+    last_name: u64,
+    next_mapping: u32,
+}
+
+impl Doorman {
+    fn run(mut self) {
+        let mut heard = Vec::new();
+        let mut looked = Instant::now();
+        loop {
+            self.sleeper.prepare();
+            loop {
+                match self.commands.try_recv() {
+                    Ok(DoorCommand::Stop) | Err(TryRecvError::Disconnected) => return,
+                    Ok(command) => self.obey(command),
+                    Err(TryRecvError::Empty) => break,
+                }
+            }
+            self.sleeper.sleep(TURN, &mut heard);
+            for &name in &heard {
+                match name {
+                    LISTENER => self.accept(),
+                    name if name % 2 == 0 => self.hear(name),
+                    name => self.look_at_process(name - 1),
+                }
+            }
+            if looked.elapsed() >= TURN {
+                looked = Instant::now();
+                self.give_up_late(looked);
+            }
+        }
+    }
+
+    fn obey(&mut self, command: DoorCommand) {
+        match command {
+            DoorCommand::Joined(connection, answer) => self.joined(connection, answer),
+            DoorCommand::Make(segment, writer) => {
+                if !self.make(segment, writer) {
+                    self.tell_core(Input::IngestMade(segment, None));
+                }
+            }
+            DoorCommand::Forget(segment) => self.forget(segment),
+            DoorCommand::LetGo(attachment) => {
+                if let Some(name) = self.members.get(&attachment).map(|member| member.connection) {
+                    self.hang_up(name);
+                }
+            }
+            DoorCommand::Left(attachment) => {
+                if let Some(member) = self.members.remove(&attachment) {
+                    self.end_member(&member);
+                }
+            }
+            DoorCommand::Stop => {}
+        }
+    }
+
+    fn accept(&mut self) {
+        // A few at a time: others are to be heard as well.
+        for _ in 0..16 {
+            let Ok((socket, _)) = self.listener.accept() else { return };
+            let waiting = self.connections.len() - self.members.len().min(self.connections.len());
+            if waiting >= limits::GREETINGS_MAX {
+                continue;
+            }
+            self.last_name += 2;
+            let connection = Connection::new(socket.into(), Instant::now() + GREETING);
+            if self.sleeper.listen(connection.socket(), self.last_name).is_ok() {
+                self.connections.insert(self.last_name, connection);
+            }
+        }
+    }
+
+    /// A connection has something to say, takes something again, or is at its end.
+    fn hear(&mut self, name: u64) {
+        for _ in 0..8 {
+            let Some(connection) = self.connections.get_mut(&name) else { return };
+            let (said, descriptors) = match connection.hear() {
+                Ok(Heard::Nothing) => return,
+                Ok(Heard::Said(said, descriptors)) => (said, descriptors),
+                Ok(Heard::End) => return self.hang_up(name),
+                Err(error) => {
+                    tracing::debug!("a connection to the local door is closed: {error}");
+                    let _last_words = connection.say(&ToClient::Refused(error.to_string()), &[]);
+                    return self.hang_up(name);
+                }
+            };
+            if let Err(why) = self.answer(name, said, descriptors) {
+                tracing::debug!("a connection to the local door is refused: {why}");
+                self.say(name, &ToClient::Refused(why), &[]);
+                return self.hang_up(name);
+            }
+        }
+    }
+
+    fn answer(&mut self, name: u64, said: ToDaemon, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+        match said {
+            ToDaemon::Open { attachment, former: _ } => self.greet(name, AttachmentId(attachment), descriptors),
+            ToDaemon::Fetch(mapping) => {
+                self.fetch(name, mapping);
+                Ok(())
+            }
+            ToDaemon::Mapped(mapping) => {
+                self.mapped(name, mapping);
+                Ok(())
+            }
+            ToDaemon::Unmappable(mapping) => {
+                let offered =
+                    self.memory.iter().find(|(_, memory)| memory.mapping == mapping && memory.until.is_some());
+                let own = offered.filter(|(_, memory)| self.member_of(name) == Some(memory.writer));
+                if let Some((&segment, _)) = own {
+                    self.give_up(segment);
+                }
+                Ok(())
+            }
+            ToDaemon::Leave => {
+                if let Some(attachment) = self.member_of(name)
+                    && let Some(member) = self.members.remove(&attachment)
+                {
+                    self.end_member(&member);
+                    self.tell_core(Input::Gone(attachment));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A process says who it is: the core is asked whether it may come in.
+    fn greet(&mut self, name: u64, attachment: AttachmentId, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+        let connection = self.connections.get_mut(&name).ok_or("it is closed")?;
+        if !connection.begin_joining() {
+            return Err("this connection has said Open before; make one connection for each attachment".to_owned());
+        }
+        let [pidfd] = <[OwnedFd; 1]>::try_from(descriptors)
+            .map_err(|descriptors| format!("{} descriptors came with Open; send your pidfd", descriptors.len()))?;
+        let process = Process::from_fd(pidfd).map_err(|error| error.to_string())?;
+        let peer = rustix::net::sockopt::socket_peercred(connection.socket())
+            .map_err(|errno| format!("the kernel does not say whose socket this is ({errno})"))?;
+        // In another namespace of processes its number is not known here; then it is taken at its word, at its own risk.
+        if process.pid().is_ok_and(|pid| pid.is_some_and(|pid| pid != peer.pid)) {
+            return Err("the pidfd is another process's than the socket's; send your own".to_owned());
+        }
+        let own_uid = rustix::process::geteuid().as_raw();
+        let verify = !self.files.iter().all(|file| file.protection().keeps_out(peer.uid.as_raw(), own_uid));
+        let make = || -> io::Result<(Local, [OwnedFd; 3])> {
+            let (memory, ring_file) = RingMemory::create()?;
+            let ring = DaemonRing::format(memory).map_err(io::Error::other)?;
+            let doorbell = EventFd::new()?;
+            let (bell, listener) = Bell::new()?;
+            let descriptors = [ring_file, doorbell.as_fd().try_clone_to_owned()?, listener];
+            // Tenant and group are the core's to say.
+            let member = Member { attachment, tenant: TenantId(0), group: GroupId(0), verify };
+            Ok((Local { member, ring, doorbell, bell }, descriptors))
+        };
+        let (local, descriptors) = make().map_err(|error| {
+            format!("the daemon has no memory or descriptors for a ring ({error}); use gRPC, or raise its limits")
+        })?;
+        self.joining.insert(name, Joining { attachment, process, descriptors, verify });
+        self.tell_core(Input::Join(name, Box::new(local)));
+        Ok(())
+    }
+
+    fn joined(&mut self, name: u64, answer: Result<TenantId, String>) {
+        let Some(Joining { attachment, process, descriptors, verify }) = self.joining.remove(&name) else { return };
+        let tenant = match answer {
+            Ok(tenant) => tenant,
+            Err(why) => {
+                self.say(name, &ToClient::Refused(why), &[]);
+                return self.hang_up(name);
+            }
+        };
+        // One that is dead already is readable at once.
+        if let Err(error) = self.sleeper.listen(process.as_fd(), name + 1) {
+            self.say(name, &ToClient::Refused(format!("the daemon cannot watch one more process ({error})")), &[]);
+            self.hang_up(name);
+            return self.tell_core(Input::Gone(attachment));
+        }
+        self.members.insert(attachment, Watched { process, tenant, connection: name });
+        if let Some(connection) = self.connections.get_mut(&name) {
+            connection.open(attachment);
+        }
+        let files = Arc::clone(&self.files);
+        let file = &files[usize::from(tenant.0).min(files.len() - 1)];
+        let [ring, doorbell, bell] = &descriptors;
+        let opened = ToClient::Opened { shared_bytes: file.bytes(), verify };
+        self.say(name, &opened, &[ring.as_fd(), doorbell.as_fd(), bell.as_fd(), file.read_only()]);
+    }
+
+    /// Makes memory and offers it to its writer; whether that was possible.
+    fn make(&mut self, segment: u32, writer: AttachmentId) -> bool {
+        let Some(&Watched { tenant, connection, .. }) = self.members.get(&writer) else { return false };
+        if !self.connections.contains_key(&connection) || self.next_mapping == u32::MAX {
+            return false;
+        }
+        let file = match IngestFile::create(self.segment_bytes) {
+            Ok(file) => Arc::new(file),
+            Err(error) => {
+                tracing::warn!("no memory for a client to write to: {error}; its blocks come over gRPC");
+                return false;
+            }
+        };
+        let mapping = self.next_mapping;
+        self.next_mapping += 1;
+        let offer = ToClient::Map { mapping, bytes: self.segment_bytes, writable: true };
+        let until = Some(Instant::now() + MAPPING);
+        let memory = Memory { mapping, tenant, writer, file: Arc::clone(&file), until, readers: Vec::new() };
+        self.memory.insert(segment, memory);
+        self.say(connection, &offer, &[file.descriptor()]);
+        true
+    }
+
+    /// A client has mapped its memory: it is closed for other writers, mapped here, and then granted.
+    fn mapped(&mut self, name: u64, mapping: u32) {
+        let Some(writer) = self.member_of(name) else { return };
+        let offered = self.memory.iter_mut().find(|(_, memory)| memory.mapping == mapping && memory.writer == writer);
+        let Some((&segment, memory)) = offered else { return };
+        if memory.until.take().is_some() && self.mapper.try_send((segment, mapping, Arc::clone(&memory.file))).is_err()
+        {
+            self.give_up(segment);
+        }
+    }
+
+    /// A client wants to read what another one writes. Only of its own tenant: other blocks than the leased one lie there too.
+    fn fetch(&mut self, name: u64, mapping: u32) {
+        let tenant =
+            self.member_of(name).and_then(|attachment| self.members.get(&attachment)).map(|member| member.tenant);
+        let known = self.memory.values_mut().find(|memory| memory.mapping == mapping && Some(memory.tenant) == tenant);
+        let Some(memory) = known.filter(|memory| memory.until.is_none()) else {
+            return self.say(name, &ToClient::Forget(mapping), &[]);
+        };
+        if !memory.readers.contains(&name) {
+            memory.readers.push(name);
+        }
+        let file = Arc::clone(&memory.file);
+        self.say(name, &ToClient::Map { mapping, bytes: file.bytes(), writable: false }, &[file.descriptor()]);
+    }
+
+    fn forget(&mut self, segment: u32) {
+        let Some(Memory { mapping, writer, readers, .. }) = self.memory.remove(&segment) else { return };
+        let writer = self.members.get(&writer).map(|member| member.connection);
+        for name in readers.into_iter().chain(writer) {
+            self.say(name, &ToClient::Forget(mapping), &[]);
+        }
+    }
+
+    /// Memory that its writer does not want, or that cannot be had.
+    fn give_up(&mut self, segment: u32) {
+        self.forget(segment);
+        self.tell_core(Input::IngestMade(segment, None));
+    }
+
+    fn look_at_process(&mut self, name: u64) {
+        let found = self.members.iter().find(|(_, member)| member.connection == name && member.process.is_dead());
+        let Some(attachment) = found.map(|(attachment, _)| *attachment) else { return };
+        if let Some(member) = self.members.remove(&attachment) {
+            self.end_member(&member);
+            self.tell_core(Input::Gone(attachment));
+        }
+    }
+
+    /// Nothing is expected of a member any more.
+    fn end_member(&mut self, member: &Watched) {
+        self.sleeper.ignore(member.process.as_fd());
+        self.hang_up(member.connection);
+    }
+
+    fn hang_up(&mut self, name: u64) {
+        if let Some(connection) = self.connections.remove(&name) {
+            self.sleeper.ignore(connection.socket());
+        }
+    }
+
+    /// Who does not do in time what it is to do.
+    fn give_up_late(&mut self, now: Instant) {
+        let silent = self.connections.iter().filter(|(_, connection)| connection.is_late(now));
+        for name in silent.map(|(name, _)| *name).collect::<Vec<_>>() {
+            self.say(name, &ToClient::Refused("nothing was said for too long; send Open at once".to_owned()), &[]);
+            self.hang_up(name);
+        }
+        let late = self.memory.iter().filter(|(_, memory)| memory.until.is_some_and(|until| until <= now));
+        for segment in late.map(|(segment, _)| *segment).collect::<Vec<_>>() {
+            self.give_up(segment);
+        }
+    }
+
+    fn member_of(&self, name: u64) -> Option<AttachmentId> {
+        self.connections.get(&name)?.attachment()
+    }
+
+    /// Says something; a client that does not take it is hung up on. Its process is still watched.
+    fn say(&mut self, name: u64, said: &ToClient, descriptors: &[std::os::fd::BorrowedFd<'_>]) {
+        let Some(connection) = self.connections.get_mut(&name) else { return };
+        if let Err(error) = connection.say(said, descriptors) {
+            tracing::debug!("a connection to the local door takes nothing: {error}");
+            self.hang_up(name);
+        }
+    }
+
+    fn tell_core(&self, input: Input) {
+        // The core is gone only when the daemon ends. It never waits for this thread, so this wait is short.
+        let _ = self.core.send(input);
+    }
+}
+
+/// Closes memory for other writers and maps it: makes pages that the client left out, so it may take its time.
+fn mapping_thread(
+    arena: &Arc<Arena>,
+    core: Queue<Input>,
+    door: Queue<DoorCommand>,
+) -> io::Result<SyncSender<(u32, u32, Arc<IngestFile>)>> {
+    let (sender, files) = sync_channel::<(u32, u32, Arc<IngestFile>)>(arena.ingest_count() as usize + 1);
+    let arena = Arc::clone(arena);
+    std::thread::Builder::new().name("tender-mapper".to_owned()).spawn(move || {
+        for (segment, mapping, file) in files {
+            let installed = file.close_for_writers().and_then(|()| arena.install(segment, &file, 0, file.bytes()));
+            if let Err(error) = &installed {
+                tracing::warn!("memory that a client writes to cannot be used: {error}");
+                let _ = door.try_send(DoorCommand::Forget(segment));
+            }
+            if core.send(Input::IngestMade(segment, installed.is_ok().then_some(mapping))).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(sender)
+}
