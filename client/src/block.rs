@@ -1,9 +1,12 @@
 //! What is said about blocks: requests, outcomes, and the view of a block's bytes.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use tender_proto::{BlockKey, LayoutError, Shard};
 
 use crate::Terms;
+use crate::local::LeasedBytes;
 
 /// Where a block was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,7 +47,21 @@ pub struct Put<'a> {
     pub tokens: &'a [u32],
 }
 
-impl Put<'_> {
+impl<'a> Put<'a> {
+    /// The `count` blocks from `start` on, as a put of their own.
+    pub(crate) fn piece(&self, start: usize, count: usize, block_tokens: usize) -> Self {
+        let end = self.keys.len().min(start + count);
+        let tokens: &'a [u32] =
+            if self.tokens.is_empty() { &[] } else { &self.tokens[start * block_tokens..end * block_tokens] };
+        Self {
+            parent: start.checked_sub(1).map_or(self.parent, |last| self.keys[last]),
+            keys: &self.keys[start..end],
+            shard: self.shard,
+            payloads: &self.payloads[start..end],
+            tokens,
+        }
+    }
+
     /// The shard as the layout knows it; or why this put cannot be meant: such a one is refused as a whole, before anything is sent
     /// or kept.
     pub(crate) fn check(&self, terms: &Terms) -> Result<Shard, String> {
@@ -152,16 +169,39 @@ pub enum GetEnd {
 }
 
 /// Read-only view of a block's bytes. Bytes may lie in memory shared with a store, so there is no `&[u8]` of them: they are copied out
-/// or compared.
+/// or compared. Such bytes are leased, and stay what they are until the last clone of the view is dropped; a store leases so much to
+/// one engine and no more, so whoever keeps blocks for long copies them.
 #[derive(Clone, Debug)]
 pub struct BlockView {
     tier: Tier,
-    bytes: Bytes,
+    content: Content,
+}
+
+#[derive(Clone, Debug)]
+enum Content {
+    Owned(Bytes),
+    Leased(Arc<LeasedBytes>),
+}
+
+/// Where a piece of a block lies, for whoever hands addresses on (a copy engine, a system call).
+///
+/// The bytes may be read until the last clone of the view is dropped, and never written. Nobody changes them meanwhile; but they may be
+/// mapped in other processes, so make no `&[u8]` of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockPiece {
+    /// Address of the first byte.
+    pub start: *const u8,
+    /// Length.
+    pub bytes: usize,
 }
 
 impl BlockView {
     pub(crate) fn new(tier: Tier, bytes: Bytes) -> Self {
-        Self { tier, bytes }
+        Self { tier, content: Content::Owned(bytes) }
+    }
+
+    pub(crate) fn leased(tier: Tier, bytes: LeasedBytes) -> Self {
+        Self { tier, content: Content::Leased(Arc::new(bytes)) }
     }
 
     /// Where it was found.
@@ -171,27 +211,52 @@ impl BlockView {
 
     /// Length in bytes.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        match &self.content {
+            Content::Owned(bytes) => bytes.len(),
+            Content::Leased(bytes) => bytes.len(),
+        }
     }
 
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.len() == 0
+    }
+
+    /// Whether the bytes are leased from a store, and not this view's own.
+    pub fn is_leased(&self) -> bool {
+        matches!(self.content, Content::Leased(_))
     }
 
     /// Copies all bytes to `target`, which must have exactly their length.
     pub fn copy_to(&self, target: &mut [u8]) {
-        target.copy_from_slice(&self.bytes);
+        match &self.content {
+            Content::Owned(bytes) => target.copy_from_slice(bytes),
+            Content::Leased(bytes) => bytes.copy_to(target),
+        }
     }
 
     /// A copy of all bytes.
     pub fn to_vec(&self) -> Vec<u8> {
-        self.bytes.to_vec()
+        match &self.content {
+            Content::Owned(bytes) => bytes.to_vec(),
+            Content::Leased(bytes) => bytes.to_vec(),
+        }
     }
 
     /// Whether the bytes are these.
     pub fn equals(&self, bytes: &[u8]) -> bool {
-        self.bytes == bytes
+        match &self.content {
+            Content::Owned(own) => own == bytes,
+            Content::Leased(own) => own.equals(bytes),
+        }
+    }
+
+    /// Where the bytes lie, in order: one piece, or as many as the stored shards that the block is read from.
+    pub fn pieces(&self) -> Vec<BlockPiece> {
+        match &self.content {
+            Content::Owned(bytes) => vec![BlockPiece { start: bytes.as_ptr(), bytes: bytes.len() }],
+            Content::Leased(bytes) => bytes.pieces().map(|(start, bytes)| BlockPiece { start, bytes }).collect(),
+        }
     }
 }
 

@@ -10,7 +10,10 @@
 //! ```
 
 mod block;
+mod deadline;
+mod failure;
 mod in_memory;
+mod local;
 mod null;
 mod operator;
 mod remote;
@@ -18,11 +21,11 @@ mod watch;
 
 use std::future::Future;
 
-pub use block::{BlockView, GetEnd, Got, Lookup, Prefetched, Purge, Purged, Put, PutOutcome, Tier};
+pub use block::{BlockPiece, BlockView, GetEnd, Got, Lookup, Prefetched, Purge, Purged, Put, PutOutcome, Tier};
 pub use in_memory::InMemory;
 pub use null::Null;
 pub use operator::Operator;
-pub use remote::{Remote, Target};
+pub use remote::{Doors, Remote, Target};
 pub use tender_proto as proto;
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
 pub use watch::{Position, Residency, Watch, WatchItem};

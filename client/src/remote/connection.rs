@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hyper_util::rt::TokioIo;
@@ -17,8 +17,7 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 use tower::service_fn;
 
-use super::deadline;
-use crate::AttachError;
+use crate::{AttachError, deadline};
 
 /// Flow control must not be the limit: at 3 GB/s and a scheduler that takes 2 ms to come back, 6 MB are on the way.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
@@ -61,6 +60,14 @@ impl fmt::Debug for Door {
 }
 
 impl Door {
+    /// The Unix socket, if it is one.
+    pub(super) fn socket(&self) -> Option<&Path> {
+        match &self.target {
+            Target::Unix(path) => Some(path),
+            Target::Loopback(_) => None,
+        }
+    }
+
     pub(crate) fn new(target: Target, token: Option<String>) -> Result<Self, AttachError> {
         if let Target::Loopback(address) = &target
             && !address.ip().is_loopback()

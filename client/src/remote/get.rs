@@ -1,7 +1,9 @@
-//! Getting a run: heads and bytes in turn; a block counts when it came whole and sums to what was put.
+//! Getting a run: through the ring where there is one, what that does not bring over gRPC. There heads and bytes come in turn; a block
+//! counts when it came whole and sums to what was put.
 
 use std::mem;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tender_proto::sum::{payload_root, seed};
@@ -10,18 +12,21 @@ use tender_proto::wire::{self, GetEndReason};
 use tender_proto::{BlockKey, BlockLayout, Shard};
 use tokio::time::timeout;
 
-use super::failure::Failure;
 use super::link::{Link, Links};
-use super::{Remote, deadline, end_of, joined};
-use crate::{BlockView, GetEnd, Got, Tier};
+use super::{Remote, end_of, joined};
+use crate::failure::Failure;
+use crate::local::{Came, Local, Wanted};
+use crate::{BlockView, GetEnd, Got, Tier, deadline};
 
 /// A run as far as it came.
 struct Run<'a> {
     keys: &'a [BlockKey],
     shard: Shard,
     layout: &'a BlockLayout,
-    deadline_ms: u32,
+    deadline: Duration,
     blocks: Vec<BlockView>,
+    /// What is left is not to be had through the ring.
+    is_streamed: bool,
 }
 
 /// A block whose head came.
@@ -45,8 +50,7 @@ impl Remote {
     pub(super) async fn get_run(&self, keys: &[BlockKey], shard: Shard) -> Got {
         let layout = &self.terms.attach.layout;
         let bytes = layout.shard_bytes(shard.count).saturating_mul(keys.len() as u64);
-        let deadline_ms = deadline::wire_ms(self.deadline);
-        let mut run = Run { keys, shard, layout, deadline_ms, blocks: Vec::new() };
+        let mut run = Run { keys, shard, layout, deadline: self.deadline, blocks: Vec::new(), is_streamed: false };
         let deadline = deadline::with_bytes(self.deadline, bytes) + deadline::GRACE;
         let end = timeout(deadline, run.fill(&self.links)).await.unwrap_or(GetEnd::Deadline);
         Got { blocks: run.blocks, end }
@@ -59,9 +63,7 @@ impl Run<'_> {
         let Ok(mut link) = links.current() else { return GetEnd::Unavailable };
         let mut is_second = false;
         while self.blocks.len() < self.keys.len() {
-            let missing = &self.keys[self.blocks.len()..];
-            let piece = &missing[..missing.len().min(link.keys_max)];
-            match self.fill_piece(&link, piece).await {
+            match self.fill_some(&link).await {
                 Ok(GetEnd::Complete) => {}
                 Ok(end) => return end,
                 Err(failure) if failure.wants_attach() && !is_second => {
@@ -82,8 +84,28 @@ impl Run<'_> {
         GetEnd::Complete
     }
 
+    /// All that is missing through the ring, or a piece of it over gRPC.
+    async fn fill_some(&mut self, link: &Link) -> Result<GetEnd, Failure> {
+        let missing = &self.keys[self.blocks.len()..];
+        if let Some(local) = link.local(0).filter(|_| !self.is_streamed) {
+            return self.fill_in_place(local, missing).await;
+        }
+        self.fill_piece(link, &missing[..missing.len().min(link.keys_max)]).await
+    }
+
+    async fn fill_in_place(&mut self, local: &Local, keys: &[BlockKey]) -> Result<GetEnd, Failure> {
+        let wanted = Wanted { keys, shard: self.shard, layout: self.layout, deadline: self.deadline };
+        match local.get(&wanted, &mut self.blocks).await? {
+            Came::To(end) => Ok(end),
+            Came::NotHere => {
+                self.is_streamed = true;
+                Ok(GetEnd::Complete)
+            }
+        }
+    }
+
     async fn fill_piece(&mut self, link: &Link, keys: &[BlockKey]) -> Result<GetEnd, Failure> {
-        let (attachment, deadline_ms) = (link.attachment, self.deadline_ms);
+        let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(self.deadline));
         let request = wire::GetRequest { attachment, keys: joined(keys), shard: Some(self.shard.into()), deadline_ms };
         let mut replies = link.client().get(link.request(request)).await?.into_inner();
         let before = self.blocks.len();

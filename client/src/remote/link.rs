@@ -8,6 +8,7 @@
 //! ```
 //! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss.
 
+use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use tender_proto::key::KEY_BYTES;
@@ -19,10 +20,11 @@ use tokio::time::{sleep, timeout};
 use tonic::Request;
 use tonic::transport::Channel;
 
+use super::Doors;
 use super::connection::Door;
-use super::deadline;
-use super::failure::Failure;
-use crate::{Attach, AttachError, Terms};
+use crate::failure::Failure;
+use crate::local::Local;
+use crate::{Attach, AttachError, Terms, deadline};
 
 /// What a daemon that names no limit is taken to hold.
 const MESSAGE_BYTES_DEFAULT: usize = 4 << 20;
@@ -36,11 +38,12 @@ const PUT_BYTES_MAX: usize = 32 << 20;
 /// The daemon's slots are whole pages.
 const PAGE_BYTES: usize = 4096;
 
-/// One attachment over one connection.
+/// One attachment over one connection, and the ring of the local door where there is one.
 #[derive(Debug)]
 pub(super) struct Link {
     door: Door,
     channel: Channel,
+    local: Option<Local>,
     pub(super) attachment: u64,
     pub(super) keys_max: usize,
     pub(super) chunk_bytes_max: usize,
@@ -52,6 +55,7 @@ impl Link {
     /// Connects and attaches. `expected` is the root that earlier keys were derived from.
     pub(super) async fn attach(
         door: &Door,
+        doors: Doors,
         attach: &Attach,
         expected: Option<&BlockKey>,
     ) -> Result<(Self, Terms), AttachError> {
@@ -69,16 +73,28 @@ impl Link {
         let terms = terms(attach, &reply)?;
         let or = |value: u64, default: usize| if value == 0 { default } else { value as usize };
         let request_bytes_max = or(reply.request_bytes_max, MESSAGE_BYTES_DEFAULT).max(2 * MESSAGE_OVERHEAD_BYTES);
+        let local = match (doors, door.socket()) {
+            (Doors::Ring, Some(socket)) => open(socket, reply.attachment).await,
+            _ => None,
+        };
+        let keys_max = if local.is_some() { terms.keys_max.min(Local::KEYS_MAX) } else { terms.keys_max };
         let link = Self {
             door: door.clone(),
             channel,
+            local,
             attachment: reply.attachment,
-            keys_max: terms.keys_max,
+            keys_max,
             chunk_bytes_max: or(reply.chunk_bytes_max, 1 << 20).min(request_bytes_max - MESSAGE_OVERHEAD_BYTES),
             request_bytes_max,
             put_bytes_max: or(reply.put_bytes_max, PUT_BYTES_MAX).min(PUT_BYTES_MAX),
         };
         Ok((link, terms))
+    }
+
+    /// The ring, for requests of so many keys.
+    pub(super) fn local(&self, keys: usize) -> Option<&Local> {
+        // A piece may have been cut for a link without a ring, and be asked for again over one that has it.
+        self.local.as_ref().filter(|_| keys <= Local::KEYS_MAX)
     }
 
     /// A client for one call.
@@ -99,6 +115,12 @@ impl Link {
     pub(super) fn request<T>(&self, message: T) -> Request<T> {
         self.door.request(message)
     }
+}
+
+/// The local door, where there is one. A daemon without it is no fault: gRPC carries all of it.
+async fn open(socket: &Path, attachment: u64) -> Option<Local> {
+    let opened = Local::open(socket, attachment).await;
+    opened.inspect_err(|error| tracing::debug!("no local door, everything goes over gRPC: {error}")).ok()
 }
 
 /// What was agreed on, with the root derived here from the daemon's salt.
@@ -125,6 +147,7 @@ fn terms(attach: &Attach, reply: &AttachReply) -> Result<Terms, AttachError> {
 #[derive(Debug)]
 pub(super) struct Links {
     door: Door,
+    doors: Doors,
     attach: Attach,
     root: BlockKey,
     state: watch::Sender<State>,
@@ -140,9 +163,14 @@ struct State {
 }
 
 impl Links {
-    pub(super) fn new(door: Door, link: Link, terms: &Terms) -> Arc<Self> {
+    pub(super) fn new(door: Door, doors: Doors, link: Link, terms: &Terms) -> Arc<Self> {
         let state = State { link: Some(Arc::new(link)), failed_attempts: 0, is_attaching: false };
-        Arc::new(Self { door, attach: terms.attach.clone(), root: terms.root, state: watch::Sender::new(state) })
+        Arc::new(Self { door, doors, attach: terms.attach.clone(), root: terms.root, state: watch::Sender::new(state) })
+    }
+
+    /// As wished for at attach.
+    pub(super) fn doors(&self) -> Doors {
+        self.doors
     }
 
     /// The link, at once; or the news that there is none.
@@ -196,7 +224,7 @@ impl Links {
     }
 
     async fn attempt(&self) -> Result<Link, AttachError> {
-        let (link, terms) = Link::attach(&self.door, &self.attach, Some(&self.root)).await?;
+        let (link, terms) = Link::attach(&self.door, self.doors, &self.attach, Some(&self.root)).await?;
         if terms.root != self.root {
             // Keys given out were derived from the old root: under the new one they would name nothing.
             tracing::error!("the daemon came back with another salt for this tenant; attach anew to use it");
@@ -213,8 +241,14 @@ impl Links {
     }
 }
 
-/// Leaving is a courtesy: the daemon forgets an attachment by itself, later.
+/// Leaving is a courtesy: the daemon forgets an attachment by itself, later. While views are held they need the attachment, and the
+/// last of them leaves.
 async fn leave(link: &Link) {
+    if let Some(local) = &link.local
+        && !local.leave().await
+    {
+        return;
+    }
     let request = link.request(wire::DetachRequest { attachment: link.attachment });
     let _courtesy = timeout(deadline::GRACE, link.client().detach(request)).await;
 }

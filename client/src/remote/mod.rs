@@ -1,16 +1,15 @@
-//! A daemon, asked over gRPC.
+//! A daemon, asked through the ring of its local door or over gRPC.
 //!
 //! ```text
-//! Remote ── verb ──► Links::current ──► Link (one attachment over one connection) ──► daemon
+//! Remote ── verb ──► Links::current ──► Link (one attachment over one connection) ──► ring, if there is one, else gRPC ──► daemon
 //!             │          └─ none: a miss, at once; a task of `link` attaches meanwhile
 //!             └─ the call failed because the daemon is gone or forgot us: Links::another, once, then again
 //! ```
-//! `connection` is the way there, `link` the attachment, `failure` why there was no answer, `deadline` how long to wait for one;
-//! `put`, `get` and `watch` are the verbs that stream. The others are short and stand here.
+//! `connection` is the way there, `link` the attachment, `crate::local` the ring, `crate::failure` why there was no answer,
+//! `crate::deadline` how long to wait for one; `put`, `get` and `watch` are the verbs that stream over gRPC. The others are short and
+//! stand here.
 
 mod connection;
-mod deadline;
-mod failure;
 mod get;
 mod link;
 mod put;
@@ -21,18 +20,29 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tender_proto::door::{Bitmap, Residency};
 use tender_proto::wire;
 use tender_proto::{BlockKey, Shard};
 use tokio::time::timeout;
 
 pub(crate) use self::connection::Door;
 pub use self::connection::Target;
-use self::failure::Failure;
 use self::link::{Link, Links};
+use crate::failure::Failure;
 use crate::{
     Attach, AttachError, BlockStore, GetEnd, Got, Lookup, Position, Prefetched, Purge, Purged, Put, PutOutcome, Terms,
-    Watch,
+    Watch, deadline,
 };
+
+/// By which of a daemon's doors to ask.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Doors {
+    /// Through a ring in shared memory where the daemon has one for this process, else over gRPC: what it answers is the same.
+    #[default]
+    Ring,
+    /// Over gRPC only.
+    Grpc,
+}
 
 /// A daemon. Clones share one attachment; the last one dropped leaves.
 #[derive(Clone, Debug)]
@@ -45,15 +55,35 @@ pub struct Remote {
 impl Remote {
     /// Attaches to the daemon at `target`. With a `token` the tenant is the token's, else the socket decides.
     pub async fn attach(target: Target, token: Option<String>, attach: Attach) -> Result<Self, AttachError> {
+        Self::attach_by(target, token, attach, Doors::default()).await
+    }
+
+    /// The same with a choice of doors.
+    pub async fn attach_by(
+        target: Target,
+        token: Option<String>,
+        attach: Attach,
+        doors: Doors,
+    ) -> Result<Self, AttachError> {
         let door = Door::new(target, token)?;
-        let (link, terms) = Link::attach(&door, &attach, None).await?;
-        let links = Links::new(door, link, &terms);
+        let (link, terms) = Link::attach(&door, doors, &attach, None).await?;
+        let links = Links::new(door, doors, link, &terms);
         Ok(Self { terms: Arc::new(terms), links, deadline: deadline::REQUEST })
     }
 
     /// The same client with another deadline for each call (default 5 s), to which the time for its bytes is added.
     pub fn with_deadline(self, deadline: Duration) -> Self {
         Self { deadline, ..self }
+    }
+
+    /// The door in use now: a ring is not always to be had, and may come or go with a daemon that is started again. While there is no
+    /// daemon, the door that it will be looked for at.
+    pub fn door(&self) -> Doors {
+        match self.links.current() {
+            Ok(link) if link.local(0).is_none() => Doors::Grpc,
+            Ok(_) => Doors::Ring,
+            Err(_) => self.links.doors(),
+        }
     }
 
     /// Leaves, and waits a moment (at most a second) until the daemon has heard of it, which a drop does not: what a drop starts ends
@@ -96,32 +126,50 @@ impl Remote {
         self.terms.attach.layout.block_bytes().saturating_mul(keys.len() as u64)
     }
 
-    async fn lookup_piece(&self, keys: &[BlockKey]) -> Result<wire::LookupReply, Failure> {
+    async fn lookup_piece(&self, keys: &[BlockKey]) -> Result<Residency, Failure> {
         let call = |link: Arc<Link>| async move {
+            if let Some(local) = link.local(keys.len()) {
+                return local.lookup(keys, self.deadline).await;
+            }
             let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(self.deadline));
             let request = wire::LookupRequest { attachment, keys: joined(keys), deadline_ms };
-            Ok(link.client().lookup(link.request(request)).await?.into_inner())
+            let reply = link.client().lookup(link.request(request)).await?.into_inner();
+            let bitmap = |bytes: Bytes| Bitmap::from_bytes(bytes.into(), keys.len());
+            let (host, disk) = (bitmap(reply.host), bitmap(reply.disk));
+            Ok(Residency { prefix_blocks: reply.prefix_blocks, host, disk })
         };
         self.ask(self.deadline, call).await
     }
 
-    async fn durable_piece(&self, keys: &[BlockKey]) -> Result<wire::DurableReply, Failure> {
+    async fn durable_piece(&self, keys: &[BlockKey]) -> Result<Bitmap, Failure> {
         // What is not on disk yet has to be written first.
         let deadline = deadline::with_bytes(self.deadline, self.block_bytes(keys));
         let call = |link: Arc<Link>| async move {
+            if let Some(local) = link.local(keys.len()) {
+                return local.durable(keys, deadline).await;
+            }
             let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(deadline));
             let request = wire::DurableRequest { attachment, keys: joined(keys), deadline_ms };
-            Ok(link.client().durable(link.request(request)).await?.into_inner())
+            let reply = link.client().durable(link.request(request)).await?.into_inner();
+            Ok(Bitmap::from_bytes(reply.durable.into(), keys.len()))
         };
         self.ask(deadline, call).await
     }
 
-    async fn purge_piece(&self, what: wire::purge_request::What) -> Result<wire::PurgeReply, Failure> {
-        let what = &what;
+    /// These, or all under the namespace; how many blocks, and how many of them are in use.
+    async fn purge_piece(&self, keys: Option<&[BlockKey]>) -> Result<(u64, u64), Failure> {
         let call = |link: Arc<Link>| async move {
+            if let Some(local) = link.local(keys.map_or(0, <[BlockKey]>::len)) {
+                return local.purge(keys, self.deadline).await;
+            }
+            let what = match keys {
+                Some(keys) => wire::purge_request::What::Keys(joined(keys)),
+                None => wire::purge_request::What::Namespace(true),
+            };
             let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(self.deadline));
-            let request = wire::PurgeRequest { attachment, what: Some(what.clone()), deadline_ms };
-            Ok(link.client().purge(link.request(request)).await?.into_inner())
+            let request = wire::PurgeRequest { attachment, what: Some(what), deadline_ms };
+            let reply = link.client().purge(link.request(request)).await?.into_inner();
+            Ok((reply.purged_blocks, reply.busy_blocks))
         };
         self.ask(self.deadline, call).await
     }
@@ -133,15 +181,30 @@ impl Remote {
         report: &mut (dyn FnMut(Prefetched) + Send),
     ) -> Result<(), Failure> {
         let deadline = deadline::with_bytes(self.deadline, self.block_bytes(keys));
+        let blocks = |count: u32| (count as usize).min(keys.len());
         let call = |link: Arc<Link>| async move {
+            if let Some(local) = link.local(keys.len()) {
+                return local.prefetch(keys, deadline).await.map(Prefetching::Done);
+            }
             let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(deadline));
             let request = wire::PrefetchRequest { attachment, keys: joined(keys), deadline_ms };
-            Ok(link.client().prefetch(link.request(request)).await?.into_inner())
+            let stream = link.client().prefetch(link.request(request)).await?.into_inner();
+            Ok(Prefetching::Stream(Box::new(stream)))
         };
-        let mut stream = self.ask(deadline, call).await?;
+        let mut stream = match self.ask(deadline, call).await? {
+            Prefetching::Stream(stream) => stream,
+            Prefetching::Done(done) => {
+                report(Prefetched {
+                    resident_blocks: blocks(done.resident),
+                    loaded_blocks: blocks(done.loaded),
+                    missing_blocks: blocks(done.missing),
+                    shed_blocks: blocks(done.shed),
+                });
+                return Ok(());
+            }
+        };
         let reports = async {
             while let Some(progress) = stream.message().await? {
-                let blocks = |count: u32| (count as usize).min(keys.len());
                 report(Prefetched {
                     resident_blocks: blocks(progress.resident_blocks),
                     loaded_blocks: blocks(progress.loaded_blocks),
@@ -170,8 +233,8 @@ impl BlockStore for Remote {
             if found.prefix_blocks == found.host.len() {
                 found.prefix_blocks += (reply.prefix_blocks as usize).min(piece.len());
             }
-            found.host.extend(bits(&reply.host, piece.len()));
-            found.disk.extend(bits(&reply.disk, piece.len()));
+            found.host.extend(reply.host.iter());
+            found.disk.extend(reply.disk.iter());
         }
         found.host.resize(keys.len(), false);
         found.disk.resize(keys.len(), false);
@@ -217,25 +280,23 @@ impl BlockStore for Remote {
         let mut durable = Vec::with_capacity(keys.len());
         for piece in self.pieces(keys) {
             let Ok(reply) = self.durable_piece(piece).await else { break };
-            durable.extend(bits(&reply.durable, piece.len()));
+            durable.extend(reply.iter());
         }
         durable.resize(keys.len(), false);
         durable
     }
 
     async fn purge(&self, what: Purge<'_>) -> Purged {
-        let pieces: Vec<wire::purge_request::What> = match what {
-            Purge::Keys(keys) => {
-                self.pieces(keys).map(|piece| wire::purge_request::What::Keys(joined(piece))).collect()
-            }
-            Purge::Namespace => vec![wire::purge_request::What::Namespace(true)],
+        let pieces: Vec<Option<&[BlockKey]>> = match what {
+            Purge::Keys(keys) => self.pieces(keys).map(Some).collect(),
+            Purge::Namespace => vec![None],
         };
         let mut purged = Purged { complete: true, ..Purged::default() };
         for piece in pieces {
             match self.purge_piece(piece).await {
-                Ok(reply) => {
-                    purged.purged_blocks += reply.purged_blocks;
-                    purged.busy_blocks += reply.busy_blocks;
+                Ok((purged_blocks, busy_blocks)) => {
+                    purged.purged_blocks += purged_blocks;
+                    purged.busy_blocks += busy_blocks;
                 }
                 Err(failure) => {
                     tracing::warn!("purge not finished: {failure:?}");
@@ -257,9 +318,10 @@ fn joined(keys: &[BlockKey]) -> Bytes {
     BlockKey::join(keys).into()
 }
 
-/// The first `count` bits of a bitmap; what it is too short for is not set.
-fn bits(bitmap: &[u8], count: usize) -> impl Iterator<Item = bool> {
-    (0..count).map(|bit| bitmap.get(bit / 8).is_some_and(|byte| byte >> (bit % 8) & 1 == 1))
+/// A prefetch over the ring has one answer, over gRPC one now and then.
+enum Prefetching {
+    Done(tender_proto::door::Prefetched),
+    Stream(Box<tonic::Streaming<wire::PrefetchProgress>>),
 }
 
 fn plus(a: Prefetched, b: Prefetched) -> Prefetched {

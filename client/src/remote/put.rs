@@ -1,6 +1,8 @@
-//! Putting a run: header, `reserved`, the bytes of what was accepted, half-close, `committed`.
+//! Putting a run: in place through the ring where there is one, and where that has no memory over gRPC. There it goes as header,
+//! `reserved`, the bytes of what was accepted, half-close, `committed`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use tender_proto::sum::{payload_root, seed};
@@ -12,10 +14,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::failure::Failure;
 use super::link::Link;
-use super::{Remote, deadline, joined, outcome_of};
-use crate::{Put, PutOutcome};
+use super::{Doors, Remote, joined, outcome_of};
+use crate::failure::Failure;
+use crate::local::Local;
+use crate::{Put, PutOutcome, deadline};
 
 /// Chunks between us and the connection: enough that it never waits, while the bytes stay where the caller has them.
 const CHUNKS_WAITING_MAX: usize = 4;
@@ -34,40 +37,61 @@ struct Piece<'a> {
 impl Remote {
     /// A checked put of any length.
     pub(super) async fn put_run(&self, put: &Put<'_>) -> Vec<PutOutcome> {
-        let block_tokens = if put.tokens.is_empty() { 0 } else { self.terms.attach.namespace.block_tokens as usize };
+        let block_tokens = self.terms.attach.namespace.block_tokens as usize;
+        let in_place = match self.door() {
+            Doors::Ring => Local::put_keys_max(self.terms.shard_bytes(put.shard.count)),
+            Doors::Grpc => put.keys.len(),
+        };
         let mut outcomes = Vec::with_capacity(put.keys.len());
-        let Ok(link) = self.links.current() else { return vec![PutOutcome::Unavailable; put.keys.len()] };
-        for keys in put.keys.chunks(link.put_keys_max(block_tokens, self.terms.shard_bytes(put.shard.count))) {
-            let (start, end) = (outcomes.len(), outcomes.len() + keys.len());
-            let payloads = &put.payloads[start..end];
-            let bytes = payloads.iter().map(|payload| payload.len() as u64).sum();
-            let deadline = deadline::with_bytes(self.deadline, bytes);
-            let piece = Piece {
-                parent: start.checked_sub(1).map_or(put.parent, |last| put.keys[last]),
-                keys,
-                shard: put.shard,
-                payloads,
-                tokens: &put.tokens[start * block_tokens..end * block_tokens],
-                roots: self.roots(keys, put.shard, payloads).await,
-                deadline_ms: deadline::wire_ms(deadline),
+        while outcomes.len() < put.keys.len() {
+            let start = outcomes.len();
+            let came = match self.put_in_place(&put.piece(start, in_place, block_tokens)).await {
+                Ok(came) if came.is_empty() => self.put_streamed(&put.piece(start, in_place, block_tokens)).await,
+                answer => answer,
             };
-            let piece = &piece;
-            match self.ask(deadline, |link| async move { piece.send(&link).await }).await {
+            match came {
                 Ok(came) => {
                     outcomes.extend(came);
                     // Nobody gets what follows a block that is not there.
                     if let Some(why) = outcomes[start..].iter().copied().find(|outcome| outcome.is_turned_away()) {
                         outcomes.resize(put.keys.len(), why);
-                        break;
                     }
                 }
-                Err(failure) => {
-                    outcomes.resize(put.keys.len(), outcome_of(failure));
-                    break;
-                }
+                Err(failure) => outcomes.resize(put.keys.len(), outcome_of(failure)),
             }
         }
         outcomes
+    }
+
+    /// What became of the first so many; of none where there is no ring, or no memory behind it for the first.
+    async fn put_in_place(&self, put: &Put<'_>) -> Result<Vec<PutOutcome>, Failure> {
+        let deadline = self.put_deadline(put);
+        let call = |link: Arc<Link>| async move {
+            match link.local(put.keys.len()) {
+                Some(local) => local.put(put, deadline).await,
+                None => Ok(Vec::new()),
+            }
+        };
+        self.ask(deadline, call).await
+    }
+
+    /// What became of the first so many.
+    async fn put_streamed(&self, put: &Put<'_>) -> Result<Vec<PutOutcome>, Failure> {
+        let block_tokens = self.terms.attach.namespace.block_tokens as usize;
+        let header_tokens = if put.tokens.is_empty() { 0 } else { block_tokens };
+        let link = self.links.current()?;
+        let keys_max = link.put_keys_max(header_tokens, self.terms.shard_bytes(put.shard.count));
+        let put = put.piece(0, keys_max, block_tokens);
+        let deadline = self.put_deadline(&put);
+        let Put { parent, keys, shard, payloads, tokens } = put;
+        let roots = self.roots(keys, shard, payloads).await;
+        let piece = Piece { parent, keys, shard, payloads, tokens, roots, deadline_ms: deadline::wire_ms(deadline) };
+        let piece = &piece;
+        self.ask(deadline, |link| async move { piece.send(&link).await }).await
+    }
+
+    fn put_deadline(&self, put: &Put<'_>) -> Duration {
+        deadline::with_bytes(self.deadline, put.payloads.iter().map(|payload| payload.len() as u64).sum())
     }
 
     /// What the payloads sum to. Gives way to other tasks after each block: a long run takes tens of milliseconds.

@@ -4,7 +4,7 @@ use tonic::{Code, Status};
 
 /// Why a call brought no answer. None of these reaches a caller: each verb turns it into an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Failure {
+pub(crate) enum Failure {
     /// The daemon or the way to it is gone, or it says what no daemon says.
     Gone,
     /// The daemon is there, but does not know the attachment: it was started anew, or forgot.
@@ -19,7 +19,7 @@ pub(super) enum Failure {
 
 impl Failure {
     /// Whether attaching anew may help.
-    pub(super) fn wants_attach(self) -> bool {
+    pub(crate) fn wants_attach(self) -> bool {
         matches!(self, Self::Gone | Self::Detached)
     }
 }
