@@ -45,6 +45,7 @@ impl Bench {
         let attachment = AttachmentId(1);
         let mut bench = Self { core: Core::new(config), attachment, root, requests: 0 };
         // The core counts slots and moves no byte, so its segments need no memory behind them here.
+        bench.core.step(Event::Tick, 0, &mut Vec::new());
         for segment in 0..segments {
             bench.core.step(Event::SegmentReady(segment), 0, &mut Vec::new());
         }

@@ -440,7 +440,7 @@ impl Driver {
                     }
                 }
                 Action::Start(file, id, transfer) => self.disks[file as usize].tell(Command::Start(id, transfer)),
-                Action::PrepareSegment { segment, used } => {
+                Action::PrepareSegment { segment, used, .. } => {
                     if self.prepare.send((segment, used)).is_err() {
                         tracing::error!("the thread that prepares memory is gone; segment {segment} stays unused");
                     }

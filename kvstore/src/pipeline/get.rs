@@ -64,14 +64,21 @@ impl Core {
                 wait.end = Some(AcquireEnd::Miss);
                 break;
             };
+            if door == Door::Ring && !self.is_of_tenant(node, tenant) {
+                self.counters.shed += 1;
+                wait.end = Some(AcquireEnd::Shed);
+                break;
+            }
             match self.acquire_block(node, id, wait.blocks.len(), holder) {
                 Ok(block) => {
                     wait.loading += usize::from(matches!(block, AcquireBlock::Loading));
                     wait.blocks.push(block);
                 }
-                Err(AcquireEnd::Shed) if wait.blocks.is_empty() && self.may_wait_for_room(deadline_ms, patience) => {
+                Err(AcquireEnd::Shed)
+                    if wait.blocks.is_empty() && self.may_wait_for_room(tenant, deadline_ms, patience) =>
+                {
                     let verb = Verb::Acquire { attachment, keys, bytes_max, door };
-                    self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
+                    self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience, false);
                     return None;
                 }
                 Err(end) => {
@@ -92,6 +99,16 @@ impl Core {
         }
         self.pending.park(id, deadline_ms, Waiting::Acquire(wait));
         None
+    }
+
+    /// Whether a block that is present lies in its tenant's memory, as all do but those of a public namespace: its clients map no other's,
+    /// and read such blocks by stream.
+    fn is_of_tenant(&self, node: NodeId, tenant: TenantId) -> bool {
+        let is_theirs = |place: Place| {
+            let slab = self.slab(place);
+            self.index.node(node).copy(place).map(|first| slab.owner(slab.shelf_of(first)).tenant == tenant)
+        };
+        is_theirs(Place::Host).or_else(|| is_theirs(Place::Disk)).unwrap_or(true)
     }
 
     fn acquire_block(

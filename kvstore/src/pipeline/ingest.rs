@@ -156,9 +156,10 @@ impl Core {
     pub(super) fn ingest_made(&mut self, segment: u32, made: bool) {
         let Some(writer) = self.ingest.coming.remove(&segment) else { return };
         self.room_made = true;
-        match (made, self.attachments.is_local(writer)) {
-            (true, true) => self.host.tier.slab.ingest_ready(segment, writer),
-            (true, false) => self.ingest.dropped.push(segment),
+        let tenant = self.attachments.peek(writer).map(|attachment| attachment.tenant);
+        match (made, tenant.filter(|_| self.attachments.is_local(writer))) {
+            (true, Some(tenant)) => self.host.tier.slab.ingest_ready(segment, tenant, writer),
+            (true, None) => self.ingest.dropped.push(segment),
             (false, _) => {
                 self.ingest.unable.insert(writer, self.now_ms + UNABLE_MS);
             }

@@ -6,6 +6,7 @@
 //! put.rs      reserve, commit, abort                                          get.rs      lookup, acquire, release, prefetch
 //! ingest.rs   what clients write in place, and the way from there to shared memory
 //! room.rs     slots: quota, victims, segments that change owner               load.rs     disk to host
+//! prepare.rs  segments of host memory: for whom each is prepared
 //! write.rs    host to disk: write-back, directory, durability                 purge.rs    forgetting
 //! recover.rs  what a directory said at start                                  report.rs   status, residency, invariants
 //! ```
@@ -16,6 +17,7 @@ mod attach;
 mod get;
 mod ingest;
 mod load;
+mod prepare;
 mod purge;
 mod put;
 mod recover;
@@ -23,11 +25,12 @@ mod report;
 mod room;
 mod write;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 
 use tender_proto::TenantSalt;
 
 use self::ingest::Ingest;
+use self::prepare::Preparation;
 use self::put::Partials;
 use crate::admission::attachments::Attachments;
 use crate::admission::grants::Grants;
@@ -74,10 +77,13 @@ pub enum Action {
     Reply(RequestId, Reply),
     /// Do this on the thread of that file; `TransferDone` follows.
     Start(u32, TransferId, Transfer),
-    /// Prepare a segment of the arena: touch it, or overwrite what a former owner left. `SegmentReady` follows.
+    /// Prepare a segment of the arena for a tenant: take it out of another's file if it lies there, touch it, or overwrite what it held.
+    /// `SegmentReady` follows.
     PrepareSegment {
         /// Which.
         segment: u32,
+        /// Whose it will be; of an ingest segment, whose client waits for it.
+        tenant: TenantId,
         /// It was used before.
         used: bool,
     },
@@ -172,6 +178,8 @@ enum Job {
 #[derive(Clone, Copy, Debug)]
 struct Draining {
     segment: u32,
+    /// Whose it will be.
+    tenant: TenantId,
     next_place: u32,
     /// Used slots, and since when it was so many.
     used: u64,
@@ -206,11 +214,8 @@ pub struct Core {
     pending: Pending,
     /// Incomplete blocks.
     partials: Partials,
-    /// Segments of the arena to be prepared, and whether they were used before. One at a time.
-    to_prepare: VecDeque<(u32, bool)>,
-    preparing: bool,
-    /// Whether any segment of the arena was prepared yet.
-    serves: bool,
+    /// Segments of the arena that are to be prepared.
+    preparation: Preparation,
     draining: [Option<Draining>; 2],
     /// Segments that could not be drained, by tier and number: left alone until then.
     stuck: [BTreeMap<u32, u64>; 2],
@@ -262,9 +267,7 @@ impl Core {
             leased_bytes: HashMap::new(),
             pending: Pending::default(),
             partials: Partials::default(),
-            to_prepare: (0..config.host_segment_count).map(|segment| (segment, false)).collect(),
-            preparing: false,
-            serves: false,
+            preparation: Preparation::new(config.host_segment_count, config.tenants.len()),
             draining: [None; 2],
             stuck: Default::default(),
             directory_ms: 0,
@@ -284,9 +287,7 @@ impl Core {
             Event::Request(request) => self.request(request, actions),
             Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
             Event::SegmentReady(segment) => {
-                self.preparing = false;
-                self.serves = true;
-                self.host.tier.slab.segment_ready(segment);
+                self.segment_ready(segment);
                 self.room_made = true;
             }
             Event::IngestMade { segment, made } => self.ingest_made(segment, made),
@@ -375,12 +376,7 @@ impl Core {
         self.retry_for_room(actions);
         self.pump_directory(actions);
         self.pump_lanes(actions);
-        if !self.preparing
-            && let Some((segment, used)) = self.to_prepare.pop_front()
-        {
-            self.preparing = true;
-            actions.push(Action::PrepareSegment { segment, used });
-        }
+        self.pump_preparation(actions);
         for tenant in self.index.events.take_changed() {
             actions.push(Action::Residency(tenant, self.index.events.sequence(tenant)));
         }

@@ -34,14 +34,16 @@ impl Core {
         }
         let may_wait = deadline_ms > self.now_ms && self.is_patient(patience);
         let under = Under { holder: Holder { door, ..under.holder }, ..under };
-        let outcomes = self.reserve_run(tenant, under, parent, &keys, shard, bytes_max, may_wait);
+        let slot_bytes = tier::shard_slot_bytes(&under.layout, shard.count as u8);
+        let owner = Owner { tenant, slot_bytes, writer: (door == Door::Ring).then_some(under.holder.attachment) };
+        let outcomes = self.reserve_run(owner, under, parent, &keys, shard, bytes_max, may_wait);
         // What holds the quota may be about to go, as what holds the room.
         let is_refusal =
             |outcome: &ReserveOutcome| matches!(outcome, ReserveOutcome::NoRoom | ReserveOutcome::OverQuota);
         let is_short = outcomes.contains(&ReserveOutcome::NoRoom);
         let got_nothing = outcomes.first().is_some_and(is_refusal);
         let wait = match door {
-            Door::Stream => is_short && self.memory_is_coming() || got_nothing && self.room_is_coming(),
+            Door::Stream => is_short && self.memory_is_coming(tenant) || got_nothing && self.room_is_coming(tenant),
             Door::Ring => got_nothing && self.ingest.is_coming(attachment),
         };
         if may_wait && wait {
@@ -50,7 +52,8 @@ impl Core {
                 return Some(self.busy());
             }
             let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max, door };
-            self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience);
+            let could_evict = self.host.tier.has_segments(owner);
+            self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience, could_evict);
             return None;
         }
         for outcome in &outcomes {
@@ -69,7 +72,7 @@ impl Core {
     #[expect(clippy::too_many_arguments, reason = "the fields of one verb")]
     fn reserve_run(
         &mut self,
-        tenant: TenantId,
+        owner: Owner,
         under: Under,
         parent: BlockKey,
         keys: &[BlockKey],
@@ -77,9 +80,7 @@ impl Core {
         bytes_max: u64,
         may_wait: bool,
     ) -> Vec<ReserveOutcome> {
-        let slot_bytes = tier::shard_slot_bytes(&under.layout, shard.count as u8);
-        let writer = (under.holder.door == Door::Ring).then_some(under.holder.attachment);
-        let owner = Owner { tenant, slot_bytes, writer };
+        let Owner { slot_bytes, .. } = owner;
         let mut parent = parent;
         let mut outcomes = Vec::with_capacity(keys.len());
         let mut refused = None;
@@ -128,7 +129,7 @@ impl Core {
                 return if committed { ReserveOutcome::AlreadyPresent } else { ReserveOutcome::BeingWritten };
             }
         }
-        if owner.writer.is_none() && may_wait && self.memory_is_coming() && !self.host.tier.has_room(owner) {
+        if owner.writer.is_none() && may_wait && self.comes_rather_than_evict(owner) {
             self.index.forget_if_unused(node);
             return ReserveOutcome::NoRoom;
         }

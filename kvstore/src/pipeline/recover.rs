@@ -36,7 +36,7 @@ impl Core {
             disk.directory.count_from(counter.saturating_add(RESTART_GAP));
         }
         for segment in 0..disk.tier.slab.segment_count() {
-            disk.tier.slab.segment_ready(segment);
+            disk.tier.slab.segment_ready(segment, None);
         }
         let mut copies = Copies::new();
         for (file, found) in

@@ -10,7 +10,7 @@ use crate::completion::{PurgeWait, Waiting};
 use crate::limits;
 use crate::names::{AttachmentId, Door, NodeId, Place, RequestId, TenantId};
 use crate::status::{CoreStatus, TenantStatus, TierStatus};
-use crate::tier::slab::SlotState;
+use crate::tier::slab::{Owner, SlotState};
 use crate::verb::{Reply, Residency};
 
 use super::{Action, Actions};
@@ -170,6 +170,12 @@ impl Core {
             }
             let (usage, ingest) = (slab.usage(), slab.ingest_usage());
             assert_eq!(used, usage.used_slots + ingest.used_slots, "used slots are counted");
+            for shelf in slab.shelves().filter(|(_, owner)| place == Place::Host && owner.writer.is_none()) {
+                let (shelf, Owner { tenant, .. }) = shelf;
+                let is_strange = |&segment: &u32| slab.tenant(segment) != Some(tenant);
+                let strange = slab.segments_of(shelf).into_iter().find(is_strange);
+                assert_eq!(strange, None, "{tenant:?} has a segment that was prepared for another");
+            }
             let charged: u64 =
                 (0..self.config.tenants.len() as u16).map(|id| self.tier(place).tenant(TenantId(id)).0).sum();
             assert_eq!(charged, usage.used_bytes + ingest.used_bytes, "what is used is charged to somebody");

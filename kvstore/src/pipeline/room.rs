@@ -113,6 +113,9 @@ impl Core {
                     self.disk_mut().set_owner(slot.segment(), owner);
                     self.disk_mut().directory.begin(slot.segment(), slots);
                 }
+                if place == Place::Host && self.slab(place).used_count(slot.segment()) == 1 {
+                    self.want_spare_segment(owner.tenant);
+                }
                 return Ok(slot);
             }
             if !self.make_room(place, shelf) {
@@ -122,15 +125,10 @@ impl Core {
         Err(NoSlot::Room)
     }
 
-    /// Whether memory that nobody has used yet is about to be ready: worth a short wait rather than an eviction.
-    pub(super) fn memory_is_coming(&self) -> bool {
-        self.preparing || !self.to_prepare.is_empty()
-    }
-
-    /// Whether a slot of host memory may become free without anybody's doing.
-    pub(super) fn room_is_coming(&self) -> bool {
+    /// Whether a slot of host memory may become free for the tenant without anybody's doing.
+    pub(super) fn room_is_coming(&self, tenant: TenantId) -> bool {
         let draining = self.draining[Place::Host.at()].is_some();
-        self.memory_is_coming() || draining || !self.writing.is_empty() || !self.ingest.is_idle()
+        self.memory_is_coming(tenant) || draining || !self.writing.is_empty() || !self.ingest.is_idle()
     }
 
     /// Whether a request that has waited for room so far may go on to.
@@ -139,16 +137,15 @@ impl Core {
     }
 
     /// Whether a request that holds nothing may wait for room.
-    pub(super) fn may_wait_for_room(&self, deadline_ms: u64, patience: Option<Patience>) -> bool {
+    pub(super) fn may_wait_for_room(&self, tenant: TenantId, deadline_ms: u64, patience: Option<Patience>) -> bool {
         let in_time = deadline_ms > self.now_ms && self.is_patient(patience);
-        in_time && self.room_is_coming() && self.pending.has_room()
+        in_time && self.room_is_coming(tenant) && self.pending.has_room()
     }
 
     /// A request waits for room: a while; for memory that is being prepared until its deadline, unless it could evict instead.
-    pub(super) fn wait_for_room(&mut self, request: Request, patience: Option<Patience>) {
+    pub(super) fn wait_for_room(&mut self, request: Request, patience: Option<Patience>, could_evict: bool) {
         let patience = patience.unwrap_or_else(|| {
-            let could_evict = self.serves && matches!(request.verb, Verb::Reserve { .. });
-            let wait_ms = if self.memory_is_coming() && !could_evict { u64::MAX } else { WAIT_MS };
+            let wait_ms = if self.memory_is_coming(request.tenant) && !could_evict { u64::MAX } else { WAIT_MS };
             Patience { until_ms: request.deadline_ms.min(self.now_ms.saturating_add(wait_ms)) }
         });
         self.pending.park(request.id, patience.until_ms, Waiting::Room(request, patience));
@@ -185,7 +182,10 @@ impl Core {
                 return true;
             }
         }
-        self.drain_if_worth_it(place, shelf);
+        // One segment at a time comes for a tenant.
+        if place == Place::Disk || !self.want_segment(self.slab(place).owner(shelf).tenant) {
+            self.drain_if_worth_it(place, shelf);
+        }
         self.slab(place).has_room(shelf)
             || self.evict(place, shelf)
             || self.evict_below(place, shelf)
@@ -302,12 +302,11 @@ impl Core {
             let Some((segment, empty)) = slab.drain_emptiest(donor, |segment| !stuck.contains_key(&segment)) else {
                 continue;
             };
+            let used = self.slab(place).used_count(segment);
+            let draining = Draining { segment, tenant, next_place: 0, used, since_ms: now_ms, more: true };
+            self.draining[place.at()] = Some(draining);
             if empty {
                 self.segment_retired(place, segment);
-            } else {
-                let used = self.slab(place).used_count(segment);
-                let draining = Draining { segment, next_place: 0, used, since_ms: now_ms, more: true };
-                self.draining[place.at()] = Some(draining);
             }
             return;
         }
@@ -381,17 +380,17 @@ impl Core {
 
     /// A segment lost its last slot and its owner.
     pub(super) fn segment_retired(&mut self, place: Place, segment: u32) {
-        if self.draining[place.at()].is_some_and(|draining| draining.segment == segment) {
-            self.draining[place.at()] = None;
-        }
+        let drained = self.draining[place.at()].take_if(|draining| draining.segment == segment);
         match place {
             Place::Host if segment >= self.host.tier.slab.segment_count() => {
                 self.host.clear_sums(segment);
                 self.ingest_segment_retired(segment);
             }
             Place::Host => {
+                let Draining { tenant, .. } =
+                    drained.expect("a segment that clients only read is drained for somebody");
                 self.host.clear_sums(segment);
-                self.to_prepare.push_back((segment, true));
+                self.preparation.want(segment, tenant, true);
             }
             Place::Disk => self.disk_mut().retire(segment),
         }

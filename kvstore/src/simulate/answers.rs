@@ -138,6 +138,7 @@ impl World {
             let payload_bytes = self.scenario.spaces[space].layout.shard_bytes(shard.count) as usize;
             let block = Block { space, at };
             assert_eq!(self.is_ingest(extent.segment), door == Door::Ring, "clients write to their own segments alone");
+            self.lies_in_file_of(tenant, extent);
             puts.push(Put { group, version, block, shard, hold, extent, payload_bytes, attachment });
             // A torn read may leave another's bytes in memory that nobody can read: only sound disks allow the stricter claim.
             if !self.scenario.lossy && self.summary.power_cuts + self.summary.kills == 0 {
@@ -191,6 +192,9 @@ impl World {
                     version: Version::new(0, tenant),
                     reader: group,
                 };
+                if group.is_some() {
+                    self.lies_in_file_of(tenant, part.extent);
+                }
                 let is_ingest = self.is_ingest(part.extent.segment);
                 assert!(group.is_some() || !is_ingest, "a stream sends what only the daemon writes");
                 let is_unsure = is_ingest && (part.verify || group.is_some_and(|group| self.groups[group].scribbles));

@@ -45,6 +45,7 @@ impl World {
         (self.now_us, self.clients_live) = (0, false);
         (self.asked, self.heard, self.held) = Default::default();
         self.incarnations.clear();
+        self.prepared_for.clear();
         self.committed_in_place.clear();
         (self.watchers, self.announced) = Default::default();
         self.groups.iter_mut().for_each(|group| group.members.clear());

@@ -29,6 +29,7 @@ pub(super) enum Due {
     Continue,
     SegmentReady {
         segment: u32,
+        tenant: TenantId,
         used: bool,
     },
     IngestMade {
@@ -95,6 +96,8 @@ pub(super) struct World {
     watching: bool,
     /// What is leased (any number of readers) or reserved (one writer): where, then bytes and how many hold it.
     pub(super) held: Held,
+    /// For whom each segment of the daemon's was prepared last: in whose file it lies.
+    pub(super) prepared_for: BTreeMap<u32, TenantId>,
     /// How often the memory of an ingest segment was another.
     pub(super) incarnations: BTreeMap<u32, u64>,
     /// What was committed in place last, and by which process.
@@ -131,6 +134,7 @@ impl World {
             announced: BTreeMap::new(),
             watching: false,
             held: Held::new(),
+            prepared_for: BTreeMap::new(),
             incarnations: BTreeMap::new(),
             committed_in_place: VecDeque::new(),
             clients_live: false,
@@ -210,8 +214,9 @@ impl World {
                 self.nobody_is_forgotten();
             }
             Due::Continue => self.step(Event::Continue),
-            Due::SegmentReady { segment, used } => {
-                if used {
+            Due::SegmentReady { segment, tenant, used } => {
+                let is_moved = self.prepared_for.insert(segment, tenant) != Some(tenant);
+                if used || is_moved {
                     self.arena.zero(segment);
                 }
                 self.step(Event::SegmentReady(segment));
@@ -304,12 +309,12 @@ impl World {
                 self.disks[file as usize].in_flight.start(id, transfer);
                 self.submit();
             }
-            Action::PrepareSegment { segment, used } => {
-                self.trace.note(format_args!("  prepare segment {segment}"));
+            Action::PrepareSegment { segment, tenant, used } => {
+                self.trace.note(format_args!("  prepare segment {segment} for {tenant:?}"));
                 let (start, end) = ((segment, 0), (segment + 1, 0));
                 assert!(self.held.range(start..end).next().is_none(), "segment {segment} changes owner while in use");
                 let after_us = self.random.between(10, 20_000);
-                self.schedule(after_us, Due::SegmentReady { segment, used });
+                self.schedule(after_us, Due::SegmentReady { segment, tenant, used });
             }
             Action::MakeIngest { segment, writer } => {
                 self.trace.note(format_args!("  make ingest segment {segment} for {writer:?}"));
@@ -375,6 +380,13 @@ impl World {
         while self.now_us < end_us {
             self.advance();
         }
+    }
+
+    /// What only the daemon writes lies in the file that clients of that tenant map.
+    pub(super) fn lies_in_file_of(&self, tenant: TenantId, extent: Extent) {
+        let prepared_for = self.prepared_for.get(&extent.segment);
+        let is_theirs = self.is_ingest(extent.segment) || prepared_for == Some(&tenant);
+        assert!(is_theirs, "{extent:?} is granted to {tenant:?}, and its segment was prepared for {prepared_for:?}");
     }
 
     /// A client may touch these bytes from now on.

@@ -53,6 +53,11 @@ impl Tier {
         self.slab.shelf(owner).is_some_and(|shelf| self.slab.has_room(shelf))
     }
 
+    /// Whether the owner has any segment, and so blocks of this size that can go.
+    pub fn has_segments(&self, owner: Owner) -> bool {
+        self.slab.shelves().any(|(shelf, other)| other == owner && self.slab.shelf_size(shelf).0 > 0)
+    }
+
     /// Takes a free slot of the shelf, and charges its tenant.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         let slot = self.slab.reserve(shelf, node, holder, shard)?;

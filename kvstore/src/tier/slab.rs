@@ -1,13 +1,17 @@
 //! Slots of one tier: segments cut into slots of one size for one tenant, a free list per shelf, a record per slot. Moves no byte and
 //! knows no key; the records lie apart from the payload, in memory that no client maps.
 //!
+//! A segment of host memory is prepared for one tenant and free for that one only, whose file it lies in; to change its tenant it is
+//! retired, free or not, and prepared anew. One of the disk is free for anybody.
+//!
 //! ```text
 //! segment   free ──assign──► owned by a shelf (tenant, slot bytes) ──drain──► draining ──last slot freed──► retired ──ready──► free
+//!             └──take_free──► retired ──ready──► free for another tenant
 //! slot      Free ──reserve──► Filling ──publish──► Resident ──release──► Free        a new generation at every reserve
 //!                                  └──release──► Free      └─quarantine─► Quarantined (until its segment is retired)
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::limits;
 use crate::names::{AttachmentId, GroupId, NodeId, SEGMENTS_MAX, SlotId, TenantId};
@@ -77,7 +81,7 @@ impl Owner {
 enum SegmentState {
     /// Not prepared yet, or being zeroed.
     Retired,
-    /// Ready for any shelf.
+    /// Ready for any shelf of its tenant.
     Free,
     /// In use.
     Owned(ShelfId),
@@ -88,6 +92,8 @@ enum SegmentState {
 #[derive(Debug)]
 struct Segment {
     state: SegmentState,
+    /// For whom it was prepared last. None: for anybody.
+    tenant: Option<TenantId>,
     slots: Vec<Slot>,
     used: u32,
     free: Vec<u32>,
@@ -113,7 +119,8 @@ pub struct Slab {
     segments: Vec<Segment>,
     /// Ingest segments have the numbers from here on.
     shared_count: u32,
-    free: Vec<u32>,
+    /// By the tenant for whom they were prepared.
+    free: BTreeMap<Option<TenantId>, Vec<u32>>,
     /// Ingest segments that are ready, each for the client that has it mapped.
     free_ingest: Vec<(u32, AttachmentId)>,
     shelves: Vec<Shelf>,
@@ -138,13 +145,14 @@ impl Slab {
     ) -> Self {
         let segment_count = shared_count + ingest_count;
         assert!(segment_count <= SEGMENTS_MAX, "at most {SEGMENTS_MAX} segments have a name");
-        let segment = || Segment { state: SegmentState::Retired, slots: Vec::new(), used: 0, free: Vec::new() };
+        let segment =
+            || Segment { state: SegmentState::Retired, tenant: None, slots: Vec::new(), used: 0, free: Vec::new() };
         Self {
             segment_bytes,
             slots_per_segment,
             segments: std::iter::repeat_with(segment).take(segment_count as usize).collect(),
             shared_count,
-            free: Vec::new(),
+            free: BTreeMap::new(),
             free_ingest: Vec::new(),
             shelves: Vec::new(),
             free_shelves: Vec::new(),
@@ -276,24 +284,24 @@ impl Slab {
         })
     }
 
-    /// A segment was prepared (or zeroed) and may be used.
-    pub fn segment_ready(&mut self, segment: u32) {
+    /// A segment was prepared (or zeroed) and may be used: by that tenant, or by anybody.
+    pub fn segment_ready(&mut self, segment: u32, tenant: Option<TenantId>) {
         assert!(segment < self.shared_count, "segment {segment} is made for one client");
-        self.make_free(segment);
-        self.free.push(segment);
+        self.make_free(segment, tenant);
+        self.free.entry(tenant).or_default().push(segment);
     }
 
     /// An ingest segment was made, and that client has it mapped.
-    pub fn ingest_ready(&mut self, segment: u32, writer: AttachmentId) {
+    pub fn ingest_ready(&mut self, segment: u32, tenant: TenantId, writer: AttachmentId) {
         assert!(segment >= self.shared_count, "segment {segment} is the daemon's");
-        self.make_free(segment);
+        self.make_free(segment, Some(tenant));
         self.free_ingest.push((segment, writer));
     }
 
-    fn make_free(&mut self, segment: u32) {
+    fn make_free(&mut self, segment: u32, tenant: Option<TenantId>) {
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Retired, "segment {segment} is prepared once");
-        record.state = SegmentState::Free;
+        (record.state, record.tenant) = (SegmentState::Free, tenant);
     }
 
     /// Takes back the ingest segments that a client has mapped and does not use.
@@ -306,20 +314,44 @@ impl Slab {
         own
     }
 
-    fn take_free(&mut self, shelf: ShelfId) -> Option<u32> {
-        let Some(writer) = self.owner(shelf).writer else { return self.free.pop() };
-        let at = self.free_ingest.iter().position(|(_, owner)| *owner == writer)?;
-        Some(self.free_ingest.remove(at).0)
+    /// The tenant for whom a segment was prepared last.
+    pub fn tenant(&self, segment: u32) -> Option<TenantId> {
+        self.segments[segment as usize].tenant
+    }
+
+    /// Segments that are free for a tenant and for nobody else.
+    pub fn free_count(&self, tenant: TenantId) -> usize {
+        self.free.get(&Some(tenant)).map_or(0, Vec::len)
+    }
+
+    /// Takes a free segment from a tenant, to be prepared for another: it is retired now.
+    #[must_use = "a retired segment must be prepared for somebody"]
+    pub fn take_free(&mut self, tenant: TenantId, may: impl Fn(u32) -> bool) -> Option<u32> {
+        let free = self.free.get_mut(&Some(tenant))?;
+        let at = free.iter().rposition(|&segment| may(segment))?;
+        let segment = free.remove(at);
+        self.segments[segment as usize].state = SegmentState::Retired;
+        Some(segment)
+    }
+
+    fn pop_free(&mut self, shelf: ShelfId) -> Option<u32> {
+        let Owner { tenant, writer, .. } = self.owner(shelf);
+        if let Some(writer) = writer {
+            let at = self.free_ingest.iter().position(|(_, owner)| *owner == writer)?;
+            return Some(self.free_ingest.remove(at).0);
+        }
+        [Some(tenant), None].into_iter().find_map(|tenant| self.free.get_mut(&tenant)?.pop())
     }
 
     /// Whether a slot of this shelf can be had without taking one from somebody.
     pub fn has_room(&self, shelf: ShelfId) -> bool {
         let Shelf { owner, open, .. } = &self.shelves[shelf.0 as usize];
-        let has_free = match owner.writer {
-            Some(writer) => self.free_ingest.iter().any(|(_, owner)| *owner == writer),
-            None => !self.free.is_empty(),
-        };
-        !open.is_empty() || has_free
+        let is_any = |tenant| self.free.get(&tenant).is_some_and(|free| !free.is_empty());
+        !open.is_empty()
+            || match owner.writer {
+                Some(writer) => self.free_ingest.iter().any(|(_, owner)| *owner == writer),
+                None => is_any(Some(owner.tenant)) || is_any(None),
+            }
     }
 
     /// Whether a segment of this shelf has a free slot.
@@ -351,7 +383,7 @@ impl Slab {
     /// Takes a free slot of the shelf for one shard of a node's copy, assigning a free segment if need be.
     pub fn reserve(&mut self, shelf: ShelfId, node: NodeId, holder: GroupId, shard: (u8, u8)) -> Option<SlotId> {
         if self.shelves[shelf.0 as usize].open.is_empty() {
-            let segment = self.take_free(shelf)?;
+            let segment = self.pop_free(shelf)?;
             self.assign(segment, shelf);
         }
         let segment = *self.shelves[shelf.0 as usize].open.last()?;
@@ -398,7 +430,11 @@ impl Slab {
         let count = (self.slots_per_segment)(self.segment_bytes, owner.slot_bytes.into());
         let record = &mut self.segments[segment as usize];
         assert_eq!(record.state, SegmentState::Free, "segment {segment} has one owner");
-        self.free.retain(|&free| free != segment);
+        let is_theirs = record.tenant.is_none_or(|tenant| tenant == owner.tenant);
+        assert!(is_theirs, "segment {segment} was prepared for {:?} and not for {:?}", record.tenant, owner.tenant);
+        if let Some(free) = self.free.get_mut(&record.tenant) {
+            free.retain(|&free| free != segment);
+        }
         self.free_ingest.retain(|(free, _)| *free != segment);
         record.state = SegmentState::Owned(shelf);
         let free = Slot {

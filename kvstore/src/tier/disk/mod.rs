@@ -146,7 +146,7 @@ impl DiskTier {
     pub fn reuse_retired(&mut self) {
         if !self.directory.is_writing() {
             for segment in std::mem::take(&mut self.retired) {
-                self.tier.slab.segment_ready(segment);
+                self.tier.slab.segment_ready(segment, None);
             }
         }
     }

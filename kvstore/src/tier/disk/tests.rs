@@ -7,7 +7,7 @@ use crate::names::{GroupId, NodeId, TenantId};
 #[test]
 fn a_segment_is_not_used_again_while_pages_are_on_their_way() {
     let mut disk = DiskTier::new(64 << 10, 1, 1, [0; 32], 0, vec![None]);
-    disk.tier.slab.segment_ready(0);
+    disk.tier.slab.segment_ready(0, None);
     let owner = Owner::shared(TenantId(0), 4096);
     let shelf = disk.tier.slab.shelf(owner).expect("it fits");
     let slot = disk.tier.reserve(shelf, NodeId(0), GroupId(0), (0, 1)).expect("all is free");

@@ -12,7 +12,14 @@ const SEGMENTS: u32 = 6;
 
 fn slab() -> Slab {
     let mut slab = Slab::new(SEGMENT_BYTES, SEGMENTS, crate::tier::host::slots_per_segment);
-    (0..SEGMENTS).for_each(|segment| slab.segment_ready(segment));
+    (0..SEGMENTS).for_each(|segment| slab.segment_ready(segment, None));
+    slab
+}
+
+/// Segments in turn for two tenants.
+fn slab_of_two() -> Slab {
+    let mut slab = Slab::new(SEGMENT_BYTES, SEGMENTS, crate::tier::host::slots_per_segment);
+    (0..SEGMENTS).for_each(|segment| slab.segment_ready(segment, Some(TenantId(segment as u16 % 2))));
     slab
 }
 
@@ -26,6 +33,7 @@ enum Step {
     Release(usize),
     Quarantine(usize),
     Drain(usize),
+    TakeFree(u16),
     Ready,
 }
 
@@ -35,6 +43,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => any::<usize>().prop_map(Step::Release),
         1 => any::<usize>().prop_map(Step::Quarantine),
         1 => (0..6usize).prop_map(Step::Drain),
+        1 => (0..2u16).prop_map(Step::TakeFree),
         1 => Just(Step::Ready),
     ];
     prop::collection::vec(step, 1..300)
@@ -44,8 +53,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_slot_has_one_life_at_a_time(steps in steps()) {
-        let mut slab = slab();
+    fn a_slot_has_one_life_at_a_time(steps in steps(), is_of_anybody in any::<bool>()) {
+        let mut slab = if is_of_anybody { slab() } else { slab_of_two() };
         // Slots in use with their generation and owner, in a fixed order.
         let mut used: BTreeMap<SlotId, (u32, Owner)> = BTreeMap::new();
         let mut retired = Vec::new();
@@ -86,7 +95,19 @@ proptest! {
                     draining.retain(|&other| other != segment);
                     if empty { retired.push(segment) } else { draining.push(segment) }
                 }
-                Step::Ready => retired.drain(..).for_each(|segment| slab.segment_ready(segment)),
+                Step::TakeFree(tenant) => {
+                    let free_count = slab.free_count(TenantId(tenant));
+                    let taken = slab.take_free(TenantId(tenant), |_| true);
+                    prop_assert_eq!(taken.is_some(), free_count > 0 && !is_of_anybody);
+                    let is_used = |segment| used.keys().any(|slot| slot.segment() == segment);
+                    prop_assert!(!taken.is_some_and(is_used), "a segment in use is not free");
+                    retired.extend(taken);
+                }
+                // For the tenant that did not have it.
+                Step::Ready => for segment in retired.drain(..) {
+                    let tenant = slab.tenant(segment).map(|TenantId(tenant)| TenantId(1 - tenant));
+                    slab.segment_ready(segment, tenant);
+                },
                 _ => {}
             }
             let usage = slab.usage();
@@ -96,6 +117,8 @@ proptest! {
             for (&slot, &(generation, owner)) in &used {
                 prop_assert_eq!(slab.slot(slot).generation, generation, "nobody else took it");
                 prop_assert_eq!(slab.owner(slab.shelf_of(slot)), owner, "a segment has one owner");
+                let prepared_for = (!is_of_anybody).then_some(owner.tenant);
+                prop_assert_eq!(slab.tenant(slot.segment()), prepared_for, "and it is the one for whom it was prepared");
             }
             let listed: Vec<SlotId> = (0..SEGMENTS).flat_map(|segment| slab.used_slots(segment, 0)).collect();
             prop_assert_eq!(listed, used.keys().copied().collect::<Vec<_>>());
@@ -114,6 +137,36 @@ fn a_name_is_good_for_one_reservation() {
     let again = slab.reserve(shelf, NodeId(2), GroupId(1), (0, 1)).expect("all is free");
     assert_eq!(again, slot, "what was freed last is taken first");
     assert!(slab.standing(slot, generation).is_none(), "the old name does not stand for the new reservation");
+}
+
+#[test]
+fn a_free_segment_is_only_its_tenants_until_it_is_prepared_for_another() {
+    let mut slab = slab_of_two();
+    let shelf = slab.shelf(owner(0)).expect("it fits");
+    let reserve = |slab: &mut Slab| slab.reserve(shelf, NodeId(1), GroupId(1), (0, 1)).map(SlotId::segment);
+    let mut own: Vec<u32> = std::iter::from_fn(|| reserve(&mut slab)).collect();
+    own.sort_unstable();
+    own.dedup();
+    assert_eq!(own, [0, 2, 4]);
+    let count = |slab: &Slab| [0, 1].map(|tenant| slab.free_count(TenantId(tenant)));
+    assert_eq!((slab.has_room(shelf), count(&slab)), (false, [0, 3]));
+    assert_eq!(slab.take_free(TenantId(0), |_| true), None);
+    assert_eq!(slab.take_free(TenantId(1), |segment| segment < 4), Some(3));
+    assert!(slab.is_retired(3));
+    assert_eq!((reserve(&mut slab), count(&slab)), (None, [0, 2]));
+    slab.segment_ready(3, Some(TenantId(0)));
+    assert_eq!((slab.tenant(3), slab.has_room(shelf)), (Some(TenantId(0)), true));
+    assert_eq!(reserve(&mut slab), Some(3));
+}
+
+#[test]
+fn a_segment_is_assigned_to_nobody_but_its_tenant() {
+    let mut slab = slab_of_two();
+    let shelf = slab.shelf(owner(0)).expect("it fits");
+    let assign = std::panic::AssertUnwindSafe(|| slab.assign(1, shelf));
+    let panic = std::panic::catch_unwind(assign).expect_err("it is the other's");
+    let message = panic.downcast_ref::<String>().expect("a formatted message");
+    assert!(message.contains("prepared for Some(TenantId(1)) and not for TenantId(0)"), "{message}");
 }
 
 #[test]
