@@ -95,7 +95,8 @@ pub fn serve(config: Config) -> Result<(), StartError> {
     telemetry::start_log(&config.log, config.log_format).map_err(|error| StartError::Log(config.log.clone(), error))?;
     stop_on_broken_invariant();
     // While this process is small and has neither threads nor tier files: it forks.
-    let memory = SharedFile::create(config.host.bytes());
+    let memory =
+        config.tenants.iter().map(|_| SharedFile::create(config.host.bytes())).collect::<io::Result<Arc<[_]>>>();
     let memory = memory.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
@@ -128,7 +129,7 @@ struct Disks {
     findings: Vec<Finding>,
 }
 
-async fn run(config: Config, memory: SharedFile) -> Result<(), StartError> {
+async fn run(config: Config, memory: Arc<[SharedFile]>) -> Result<(), StartError> {
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
@@ -139,7 +140,6 @@ async fn run(config: Config, memory: SharedFile) -> Result<(), StartError> {
     let arena = Arc::new(arena.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?);
     let mut findings = doctor::doctor(&config);
     findings.retain(|finding| finding.what != "socket");
-    let files = Arc::new(vec![memory]);
     let disks = match config.disk {
         None => None,
         Some(geometry) => Some(open_disks(&config, geometry, &arena)?),
@@ -157,7 +157,7 @@ async fn run(config: Config, memory: SharedFile) -> Result<(), StartError> {
     let recovered = core.counters().recovered_blocks;
     let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
     let (mut driver, handle) = driver.map_err(StartError::System)?;
-    let door = listeners.door().and_then(|socket| Door::open(socket, files, Arc::clone(&arena), driver.queue()));
+    let door = listeners.door().and_then(|socket| Door::open(socket, memory, Arc::clone(&arena), driver.queue()));
     let door = door.map_err(StartError::System)?;
     driver.serve_door(door.queue());
     let core_thread = std::thread::Builder::new().name("tender-core".to_owned()).spawn(move || driver.run());

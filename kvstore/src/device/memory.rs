@@ -1,13 +1,18 @@
-//! Payload memory: an arena of segments, reserved at start, prepared one by one in the background, then never moved.
+//! Payload memory: an arena of segments, reserved at start, prepared one by one in the background. A segment moves only when another
+//! tenant gets it, and nobody uses it then.
 //!
 //! Who may touch which bytes is decided by the core alone: an extent is written only by the holder of its reservation (a put, or a load
 //! from disk) and read only while leased or in write-back. This file moves bytes and knows nothing of that; it hands out no reference
 //! into the arena that outlives a call.
 //!
 //! ```text
-//! segment  0 … segment_count - 1      the daemon's: anonymous memory, or pieces of a `SharedFile` that clients map for reading
+//! segment  0 … segment_count - 1      the daemon's: anonymous memory, or, once prepared, a piece of a `SharedFile`
 //!          … + ingest_count - 1       ingest places, empty until a piece of a client's `IngestFile` is installed
 //! ```
+//! Each tenant has a `SharedFile`, which its clients map whole for reading. Segment i lies i * segment_bytes from the start of the file of
+//! the tenant for whom it was prepared last, and is a hole in all others: nobody can see what is another's, whatever it maps and however
+//! long it keeps that.
+//!
 //! A client may write to its ingest memory at any moment, so nothing is decided by bytes that are still there: they are copied, each read
 //! once, and what is summed is the copy. No device gets their address, and the daemon maps them for reading only.
 
@@ -27,6 +32,7 @@ use tender_proto::sum::{FRAGMENT_BYTES, copy_changing, copy_with_sums, fragment_
 use super::block::PAGE_BYTES;
 use super::ingest::IngestFile;
 use super::shared::SharedFile;
+use crate::names::TenantId;
 
 /// Most bytes of one segment: the most that one io_uring buffer may have, and less than what an extent's `u32` can say.
 pub const SEGMENT_BYTES_MAX: u64 = 1 << 30;
@@ -71,13 +77,22 @@ pub struct Prepared {
     pub huge_pages: bool,
 }
 
+/// Where a segment's bytes are.
+#[derive(Debug)]
+struct Segment {
+    memory: Arc<MmapRaw>,
+    /// In whose file. None: nobody maps them.
+    tenant: Option<TenantId>,
+}
+
 /// The segments. Shared by threads; exclusive use of an extent is the core's promise, see the module's head.
 #[derive(Debug)]
 pub struct Arena {
     segment_bytes: u64,
-    segments: Vec<MmapRaw>,
+    /// One per tenant; none if all memory is anonymous.
+    files: Arc<[SharedFile]>,
+    segments: Vec<RwLock<Segment>>,
     ingest: Vec<RwLock<Option<Arc<MmapRaw>>>>,
-    huge_pages_allowed: bool,
 }
 
 impl Arena {
@@ -88,33 +103,36 @@ impl Arena {
         let segments = (0..segment_count)
             .map(|_| MmapOptions::new().len(segment_bytes as usize).no_reserve_swap().map_anon().map(MmapRaw::from))
             .map(not_for_children)
+            .map(|memory| Ok(RwLock::new(Segment { memory: Arc::new(memory?), tenant: None })))
             .collect::<io::Result<Vec<_>>>()?;
-        Ok(Self { segment_bytes, segments, ingest: Vec::new(), huge_pages_allowed: huge_pages_allowed() })
+        Ok(Self { segment_bytes, files: Arc::default(), segments, ingest: Vec::new() })
     }
 
-    /// Maps segments of a shared file, one behind the other from its start, with whatever it holds; and makes `ingest_count` empty places
-    /// behind them. Takes no memory and no time until segments are prepared.
+    /// Segments that are to lie in the tenants' files, each in that of the tenant for whom it is prepared, with what the file holds there;
+    /// and `ingest_count` empty places behind them. Takes no memory and no time until segments are prepared. Before it is prepared a
+    /// segment is anonymous memory, to try out devices with: nothing of that gets into a file.
     ///
-    /// `InvalidInput` if the file is too small.
-    pub fn on(shared: &SharedFile, segment_bytes: u64, segment_count: u32, ingest_count: u32) -> io::Result<Self> {
-        segment_bytes_check(segment_bytes)?;
-        let (wanted_bytes, file_bytes) = (segment_bytes * u64::from(segment_count), shared.bytes());
-        if wanted_bytes > file_bytes || segment_count.checked_add(ingest_count).is_none() {
+    /// `InvalidInput` if a file is too small, or there is none.
+    pub fn on(
+        files: &Arc<[SharedFile]>,
+        segment_bytes: u64,
+        segment_count: u32,
+        ingest_count: u32,
+    ) -> io::Result<Self> {
+        let arena = Self::new(segment_bytes, segment_count)?;
+        let wanted_bytes = segment_bytes * u64::from(segment_count);
+        let file_bytes = files.iter().map(SharedFile::bytes).min().unwrap_or(0);
+        if wanted_bytes > file_bytes || files.is_empty() || segment_count.checked_add(ingest_count).is_none() {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!(
                     "{segment_count} segments of {segment_bytes} bytes do not fit into a shared file of {file_bytes} bytes: make one of \
-                     {wanted_bytes}"
+                     {wanted_bytes} for each tenant"
                 ),
             ));
         }
-        let file = shared.writable().as_raw_fd();
-        let segments = (0..u64::from(segment_count))
-            .map(|i| MmapOptions::new().offset(i * segment_bytes).len(segment_bytes as usize).map_raw(file))
-            .map(not_for_children)
-            .collect::<io::Result<Vec<_>>>()?;
         let ingest = (0..ingest_count).map(|_| RwLock::default()).collect();
-        Ok(Self { segment_bytes, segments, ingest, huge_pages_allowed: shared.huge_pages_allowed() })
+        Ok(Self { files: Arc::clone(files), ingest, ..arena })
     }
 
     /// Bytes of each segment.
@@ -137,16 +155,28 @@ impl Arena {
         (self.segment_count()..self.segment_count() + self.ingest_count()).contains(&segment)
     }
 
-    /// Makes a segment fit for use: huge pages where the system has them, pages made now rather than at first use, locked where allowed.
-    /// Takes seconds per GiB. What it holds it keeps, and a fresh one holds zeros. Once per segment, before anybody here uses it.
+    /// Makes a segment fit for a tenant's use: in its file and in no other, huge pages where the system has them, pages made now rather
+    /// than at first use, locked where allowed. Takes seconds per GiB. Before anybody here uses it, and again when it changes its owner:
+    /// no thread and no device may use it meanwhile, and those that have it registered must register it anew.
+    ///
+    /// What it holds afterwards is zeros if it is `used` or was another's. Otherwise it keeps what it holds, which for the first time in
+    /// this arena is what the tenant's file holds there.
+    ///
+    /// Errors: what the system says when it has no memory for another mapping, or cannot take a segment out of a file. Then it is not fit
+    /// for use and is to be prepared again.
     ///
     /// # Panics
-    /// For an ingest place, as does whatever writes there or hands out its address.
-    pub fn prepare(&self, segment: u32) -> Prepared {
+    /// For an ingest place, as does whatever writes there or hands out its address; for a tenant without a file.
+    pub fn prepare(&self, segment: u32, tenant: TenantId, used: bool) -> io::Result<Prepared> {
+        let is_moved = !self.files.is_empty() && self.move_to_file_of(segment, tenant, used)?;
+        if used && !is_moved {
+            self.zero(segment);
+        }
         let memory = self.segment(segment);
-        let huge_pages =
-            self.huge_pages_allowed && self.segment_bytes >= HUGE_PAGE_BYTES && memory.advise(Advice::HugePage).is_ok();
-        let populated = populate(memory, Advice::PopulateWrite);
+        let huge_pages = self.huge_pages_allowed(tenant)
+            && self.segment_bytes >= HUGE_PAGE_BYTES
+            && memory.advise(Advice::HugePage).is_ok();
+        let populated = populate(&memory, Advice::PopulateWrite);
         if let Err(error) = &populated {
             tracing::warn!(
                 segment,
@@ -156,7 +186,41 @@ impl Arena {
         }
         // Locking makes the pages as well: where that just failed it would fail again, or have the process killed.
         let locked = populated.is_ok() && memory.lock().is_ok();
-        Prepared { populated: populated.is_ok(), locked, huge_pages }
+        Ok(Prepared { populated: populated.is_ok(), locked, huge_pages })
+    }
+
+    /// Takes a segment out of all files but that of the tenant (and out of that too if it is `used`), and maps it there; whether it was
+    /// not there already. Memory that others' clients made by reading holes goes too.
+    fn move_to_file_of(&self, segment: u32, tenant: TenantId, used: bool) -> io::Result<bool> {
+        let place = self.place(segment);
+        if place.read().unwrap_or_else(PoisonError::into_inner).tenant == Some(tenant) {
+            return Ok(false);
+        }
+        let offset = u64::from(segment) * self.segment_bytes;
+        let bytes = self.segment_bytes as usize;
+        let file = self.file_of(tenant).writable().as_raw_fd();
+        let memory = not_for_children(MmapOptions::new().offset(offset).len(bytes).map_raw(file))?;
+        // First, since it fails without harm. What fails behind it is tried again from the start, as nobody's.
+        let old = {
+            let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, Segment { memory: Arc::new(memory), tenant: None })
+        };
+        drop(old);
+        for (other, file) in self.files.iter().enumerate() {
+            if used || other != usize::from(tenant.0) {
+                file.punch(offset, self.segment_bytes)?;
+            }
+        }
+        place.write().unwrap_or_else(PoisonError::into_inner).tenant = Some(tenant);
+        Ok(true)
+    }
+
+    fn file_of(&self, tenant: TenantId) -> &SharedFile {
+        self.files.get(usize::from(tenant.0)).unwrap_or_else(|| panic!("{tenant:?} has no file"))
+    }
+
+    fn huge_pages_allowed(&self, tenant: TenantId) -> bool {
+        if self.files.is_empty() { huge_pages_allowed() } else { self.file_of(tenant).huge_pages_allowed() }
     }
 
     /// Puts a piece of a client's file (whole pages, at most a segment) into an empty ingest place. The file must be closed for writers.
@@ -196,16 +260,19 @@ impl Arena {
 
     /// Overwrites a whole segment with zeros: it changes its owner, who must not see what it held.
     pub fn zero(&self, segment: u32) {
-        let (start, bytes) = self.segment_pointer(segment);
-        // SAFETY: start and length are those of a live, writable mapping; the core has evicted the segment, so nobody else uses it.
-        unsafe { ptr::write_bytes(start, 0, bytes) }
+        let memory = self.segment(segment);
+        // SAFETY: start and length are those of a writable mapping that is live as long as `memory`; the core has evicted the segment, so
+        // nobody else uses it.
+        unsafe { ptr::write_bytes(memory.as_mut_ptr(), 0, memory.len()) }
     }
 
     /// Copies `bytes` to `offset` within the extent.
     pub fn write(&self, extent: Extent, offset: usize, bytes: &[u8]) {
-        let to = self.within(extent, offset, bytes.len());
-        // SAFETY: `within` has checked that all of it lies in a live, writable mapping; the caller holds the extent's reservation, so
-        // nobody else reads or writes it; `bytes` cannot overlap it since no reference into the arena exists outside of this file.
+        let memory = self.segment(extent.segment);
+        let to = within(&memory, extent, offset, bytes.len());
+        // SAFETY: `within` has checked that all of it lies in a writable mapping that is live as long as `memory`; the caller holds the
+        // extent's reservation, so nobody else reads or writes it; `bytes` cannot overlap it since no reference into the arena exists
+        // outside of this file.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
     }
 
@@ -213,7 +280,8 @@ impl Arena {
     pub fn zero_from(&self, extent: Extent, offset: usize) {
         let bytes = (extent.bytes as usize).checked_sub(offset);
         let bytes = bytes.unwrap_or_else(|| panic!("{offset} lies behind the end of {extent:?}"));
-        let to = self.within(extent, offset, bytes);
+        let memory = self.segment(extent.segment);
+        let to = within(&memory, extent, offset, bytes);
         // SAFETY: as in `write`.
         unsafe { ptr::write_bytes(to, 0, bytes) }
     }
@@ -230,9 +298,10 @@ impl Arena {
             // write there; `into` cannot overlap it since no reference into the arena exists outside of this file.
             return unsafe { copy_changing(from, into.as_mut_ptr(), into.len()) };
         }
-        let from = self.within(extent, offset, into.len());
-        // SAFETY: `within` has checked that all of it lies in a live mapping; the caller holds a lease on the extent, so nobody writes
-        // it; `into` cannot overlap it since no reference into the arena exists outside of this file.
+        let memory = self.segment(extent.segment);
+        let from = within(&memory, extent, offset, into.len());
+        // SAFETY: `within` has checked that all of it lies in a mapping that is live as long as `memory`; the caller holds a lease on the
+        // extent, so nobody writes it; `into` cannot overlap it since no reference into the arena exists outside of this file.
         unsafe { ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
@@ -251,9 +320,10 @@ impl Arena {
             };
             return (0..payload_bytes).step_by(FRAGMENT_BYTES).map(sum_at).collect();
         }
-        let from = self.within(extent, 0, payload_bytes);
-        // SAFETY: `within` has checked that all of it lies in a live mapping; the caller holds the extent's reservation or a lease on it,
-        // so nobody writes it; the slice does not outlive this call.
+        let memory = self.segment(extent.segment);
+        let from = within(&memory, extent, 0, payload_bytes);
+        // SAFETY: `within` has checked that all of it lies in a mapping that is live as long as `memory`; the caller holds the extent's
+        // reservation or a lease on it, so nobody writes it; the slice does not outlive this call.
         let payload = unsafe { slice::from_raw_parts(from, payload_bytes) };
         payload.chunks(FRAGMENT_BYTES).map(fragment_sum).collect()
     }
@@ -267,10 +337,11 @@ impl Arena {
     pub fn promote(&self, from: Extent, to: Extent, payload_bytes: usize) -> Vec<u64> {
         let memory = self.ingest_memory(from.segment);
         let source = within(&memory, from, 0, payload_bytes);
-        let target = self.within(to, 0, payload_bytes);
-        // SAFETY: `within` has checked that all of both lies in mappings, of which the first is live as long as `memory`, the other as long
-        // as the arena. Nobody in this process can write to the first; the caller holds the reservation of the other, so nobody else reads
-        // or writes it. They are mappings of different files and cannot overlap.
+        let shared = self.segment(to.segment);
+        let target = within(&shared, to, 0, payload_bytes);
+        // SAFETY: `within` has checked that all of both lies in mappings, which are live as long as `memory` and `shared`. Nobody in this
+        // process can write to the first; the caller holds the reservation of the other, so nobody else reads or writes it. They are
+        // mappings of different files and cannot overlap.
         let sums = unsafe { copy_with_sums(source, target, payload_bytes) };
         self.zero_from(to, payload_bytes);
         sums
@@ -278,18 +349,24 @@ impl Arena {
 
     /// Where an extent starts, for devices: they may use all of it, from the request that names it to that request's completion. Never of
     /// ingest memory: what a client can change meanwhile is neither written to a disk nor read into.
+    ///
+    /// Good until the segment is prepared for another tenant, which the core asks for only when all requests that name it have completed.
     pub(super) fn pointer(&self, extent: Extent) -> *mut u8 {
-        self.within(extent, 0, extent.bytes as usize)
+        within(&self.segment(extent.segment), extent, 0, extent.bytes as usize)
     }
 
-    /// Where a segment starts and how long it is, for registering it with a device.
+    /// Where a segment starts and how long it is, for registering it with a device. Good for as long as `pointer`.
     pub(super) fn segment_pointer(&self, segment: u32) -> (*mut u8, usize) {
         let memory = self.segment(segment);
         (memory.as_mut_ptr(), memory.len())
     }
 
-    /// A segment of the daemon's.
-    fn segment(&self, segment: u32) -> &MmapRaw {
+    /// A segment of the daemon's, mapped at least as long as this is held.
+    fn segment(&self, segment: u32) -> Arc<MmapRaw> {
+        Arc::clone(&self.place(segment).read().unwrap_or_else(PoisonError::into_inner).memory)
+    }
+
+    fn place(&self, segment: u32) -> &RwLock<Segment> {
         assert!(
             !self.is_ingest(segment),
             "segment {segment} is ingest memory: it belongs to a client, and the daemon only copies from it"
@@ -307,11 +384,6 @@ impl Arena {
     fn ingest_memory(&self, segment: u32) -> Arc<MmapRaw> {
         let place = self.ingest_place(segment).read().unwrap_or_else(PoisonError::into_inner);
         Arc::clone(place.as_ref().unwrap_or_else(|| panic!("ingest place {segment} is empty")))
-    }
-
-    /// Start of `bytes` at `offset` in `extent`, all of which lies within a segment of the daemon's; else an invariant is broken.
-    fn within(&self, extent: Extent, offset: usize, bytes: usize) -> *mut u8 {
-        within(self.segment(extent.segment), extent, offset, bytes)
     }
 }
 

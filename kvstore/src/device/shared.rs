@@ -1,4 +1,5 @@
-//! The file of the shared segments: written by the daemon only, mapped for reading by every client, and still there when the worker is not.
+//! The file of a tenant's shared segments: written by the daemon only, mapped for reading by the tenant's clients, and still there when
+//! the worker is not.
 //!
 //! A descriptor opened for reading protects nothing by itself: whoever holds it reopens it for writing through `/proc/self/fd`. So the
 //! file lies on a tmpfs that is mounted twice, writable and read-only, in a namespace that ends with the process that made it (see
@@ -13,8 +14,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags, SealFlags};
-use rustix::io::Errno;
+use rustix::fs::{FallocateFlags, Mode, OFlags, SealFlags};
+use rustix::io::{Errno, retry_on_intr};
 
 use super::memfd::{self, file_bytes, whole_pages};
 
@@ -115,6 +116,12 @@ impl SharedFile {
     /// The descriptor for clients, to map for reading.
     pub fn read_only(&self) -> BorrowedFd<'_> {
         self.read_only.as_fd()
+    }
+
+    /// Takes a piece (whole pages) out of it: whoever has it mapped sees zeros there from now on, and its memory is free.
+    pub(super) fn punch(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(retry_on_intr(|| rustix::fs::fallocate(&self.writable, flags, offset, bytes))?)
     }
 
     /// What was found, for people.

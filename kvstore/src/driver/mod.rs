@@ -185,7 +185,7 @@ pub struct Driver {
     responders: HashMap<RequestId, Responder>,
     disks: Vec<DiskThread>,
     arena: Arc<Arena>,
-    prepare: SyncSender<(u32, bool)>,
+    prepare: SyncSender<(u32, TenantId, bool)>,
     promote: SyncSender<Promotion>,
     residency: Vec<watch::Sender<u64>>,
     published: Instant,
@@ -203,6 +203,9 @@ const QUEUE: usize = 3 * limits::REQUESTS_MAX;
 
 /// Events taken in one go.
 const EVENTS_AT_ONCE: usize = 256;
+
+/// Pause before a segment is tried again that could not be prepared.
+const PREPARE_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long the core's thread spins after work of a ring: about what it costs to be woken. Where there is one processor, whoever would
 /// give it work needs that one.
@@ -440,8 +443,8 @@ impl Driver {
                     }
                 }
                 Action::Start(file, id, transfer) => self.disks[file as usize].tell(Command::Start(id, transfer)),
-                Action::PrepareSegment { segment, used, .. } => {
-                    if self.prepare.send((segment, used)).is_err() {
+                Action::PrepareSegment { segment, tenant, used } => {
+                    if self.prepare.send((segment, tenant, used)).is_err() {
                         tracing::error!("the thread that prepares memory is gone; segment {segment} stays unused");
                     }
                 }
@@ -581,17 +584,21 @@ fn promote_thread(arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<
     Ok(requests)
 }
 
-fn prepare_thread(arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<SyncSender<(u32, bool)>> {
-    let (requests, receiver) = sync_channel::<(u32, bool)>(2);
+fn prepare_thread(arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<SyncSender<(u32, TenantId, bool)>> {
+    let (requests, receiver) = sync_channel::<(u32, TenantId, bool)>(2);
     let (arena, sender) = (Arc::clone(arena), sender.clone());
     std::thread::Builder::new().name("tender-prepare".to_owned()).spawn(move || {
-        for (segment, used) in receiver {
-            if used {
-                arena.zero(segment);
-            } else {
-                let prepared = arena.prepare(segment);
-                tracing::debug!(segment, ?prepared, "segment prepared");
-            }
+        for (segment, tenant, used) in receiver {
+            let prepared = loop {
+                match arena.prepare(segment, tenant, used) {
+                    Ok(prepared) => break prepared,
+                    Err(error) => {
+                        tracing::warn!(segment, %error, "a segment cannot be prepared; give the system more memory. Trying again");
+                        std::thread::sleep(PREPARE_PAUSE);
+                    }
+                }
+            };
+            tracing::debug!(segment, ?tenant, used, ?prepared, "segment prepared");
             if sender.send(Input::Ready(segment)).is_err() {
                 return;
             }

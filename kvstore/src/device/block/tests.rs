@@ -13,6 +13,7 @@ use super::simulated::{DiskImage, Faults, SimulatedDisk};
 use super::*;
 use crate::device::ingest::IngestFile;
 use crate::device::shared::SharedFile;
+use crate::names::TenantId;
 
 /// The file of the suite: so many places, of so many bytes each.
 const PLACES: u64 = 48;
@@ -20,20 +21,23 @@ const PLACE_BYTES: u64 = 16 * PAGE_BYTES;
 const FILE_BYTES: u64 = PLACES * PLACE_BYTES;
 const DEPTH: usize = 8;
 const PATIENCE: Duration = Duration::from_secs(30);
+const TENANT: TenantId = TenantId(0);
 
 /// Two segments, one of which is told to devices as ready.
 fn arena() -> Arc<Arena> {
     let arena = Arena::new(FILE_BYTES, 2).expect("addresses");
-    arena.prepare(0);
+    arena.prepare(0, TENANT, false).expect("memory");
     Arc::new(arena)
 }
 
 /// The same on a file that clients map, with an ingest place behind.
-fn arena_of_clients() -> (SharedFile, Arc<Arena>) {
-    let shared = SharedFile::create(2 * FILE_BYTES).expect("a file");
-    let arena = Arena::on(&shared, FILE_BYTES, 2, 1).expect("addresses");
-    arena.prepare(0);
-    (shared, Arc::new(arena))
+fn arena_of_clients() -> (Arc<[SharedFile]>, Arc<Arena>) {
+    let files: Arc<[SharedFile]> = (0..2).map(|_| SharedFile::create(2 * FILE_BYTES).expect("a file")).collect();
+    let arena = Arena::on(&files, FILE_BYTES, 2, 1).expect("addresses");
+    for segment in 0..2 {
+        arena.prepare(segment, TENANT, false).expect("memory");
+    }
+    (files, Arc::new(arena))
 }
 
 /// A piece of one to sixteen pages at each place.
@@ -198,7 +202,7 @@ fn a_ring_conforms_on_every_file_system_and_without_o_direct() {
 #[test]
 fn devices_use_the_memory_that_clients_map() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (file, (shared, arena)) = (tier_file(folder.path()), arena_of_clients());
+    let (file, (files, arena)) = (tier_file(folder.path()), arena_of_clients());
     conformance(&mut Synchronous::new(&file, Arc::clone(&arena), DEPTH).expect("threads"), &arena, |_| ());
     let Some(mut ring) = ring(&file, &arena) else { return };
     conformance(&mut ring, &arena, |_| ());
@@ -206,8 +210,39 @@ fn devices_use_the_memory_that_clients_map() {
     assert_eq!(perform(&mut ring, &mut |_| (), vec![write(&arena, 1, 5, 3)]), [Ok(())]);
     assert_eq!(perform(&mut ring, &mut |_| (), vec![read(&arena, 0, 5)]), [Ok(())]);
     let mut seen = vec![0; extent(0, 5).bytes as usize];
-    rustix::io::pread(shared.read_only(), &mut seen[..], 5 * PLACE_BYTES).expect("what clients see");
+    rustix::io::pread(files[0].read_only(), &mut seen[..], 5 * PLACE_BYTES).expect("what clients see");
     assert!(seen == payload(5, 3));
+}
+
+#[test]
+fn a_segment_that_goes_to_another_tenant_is_registered_anew() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (file, (files, arena)) = (tier_file(folder.path()), arena_of_clients());
+    let pool: Box<dyn BlockDevice> = Box::new(Synchronous::new(&file, Arc::clone(&arena), DEPTH).expect("threads"));
+    let ring = ring(&file, &arena).map(|ring| Box::new(ring) as Box<dyn BlockDevice>);
+    for mut device in std::iter::once(pool).chain(ring) {
+        for (round, tenant) in [0, 1, 0, 1].map(TenantId).into_iter().enumerate() {
+            arena.prepare(0, tenant, true).expect("memory");
+            device.segment_ready(0);
+            let round = round as u64 + 1;
+            let mut sound = |operation| assert_eq!(perform(&mut *device, &mut |_| (), vec![operation]), [Ok(())]);
+            // Out of its memory, and into it.
+            sound(write(&arena, 0, 5, round));
+            sound(read(&arena, 1, 5));
+            assert_payload(&arena, 1, 5, round);
+            sound(read(&arena, 0, 5));
+            assert_payload(&arena, 0, 5, round);
+            let seen = files.iter().map(|file| {
+                let mut seen = vec![0xff; extent(0, 5).bytes as usize];
+                rustix::io::pread(file.read_only(), &mut seen[..], 5 * PLACE_BYTES).expect("what clients see");
+                seen
+            });
+            for (seen, other) in seen.zip([0, 1].map(TenantId)) {
+                let expected = if other == tenant { payload(5, round) } else { vec![0; seen.len()] };
+                assert!(seen == expected, "{}: {other:?} after {tenant:?} got it", device.describe());
+            }
+        }
+    }
 }
 
 #[test]

@@ -152,7 +152,7 @@ impl Uring {
     fn push_entry(&mut self, entry: &squeue::Entry) {
         // SAFETY: an entry is the waker's poll, which has no address, or made by `push`: its addresses lie in the arena, which this
         // device holds, or in the page that its slot holds, and both are kept until the completion. That nobody else uses the extent
-        // meanwhile is the submitter's promise.
+        // meanwhile, and that its segment is not prepared anew, is the submitter's promise.
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.expect("the queue has an entry for each slot and one for the waker");
     }
@@ -268,7 +268,8 @@ impl BlockDevice for Uring {
         let (start, bytes) = self.arena.segment_pointer(segment);
         let buffer = IoVec { start, bytes };
         // SAFETY: `IoVec` has the layout of `iovec`, and is alive during the call. The memory it names is a segment of the arena, which
-        // is mapped for longer than this ring is there.
+        // stays mapped there until it is prepared anew; the kernel holds its pages and not the mapping, and uses them for requests alone
+        // that name it, of which there are none then.
         let result = unsafe {
             let buffers = std::slice::from_raw_parts((&raw const buffer).cast(), 1);
             self.ring.submitter().register_buffers_update(segment, buffers, None)
@@ -276,6 +277,8 @@ impl BlockDevice for Uring {
         match result {
             Ok(()) => self.fixed.registered[segment as usize] = true,
             Err(error) => {
+                // What was registered before may be what the segment was in another tenant's file.
+                self.fixed.registered[segment as usize] = false;
                 tracing::debug!(segment, %error, "a segment is not registered with io_uring; its requests take the slower way");
                 self.fixed.refusal = Some(error);
             }

@@ -40,8 +40,7 @@ fn segments_of_odd_or_excessive_size_are_refused_with_the_cure() {
 #[test]
 fn a_prepared_segment_is_populated_and_zero() {
     let arena = Arena::new(20 * MIB, 2).expect("addresses");
-    let prepared = arena.prepare(1);
-    assert!(prepared.populated, "{prepared:?}");
+    prepare(&arena, 1, TENANT, false);
     assert!(contents(&arena, extent(1, 0, 20 * MIB)).iter().all(|&byte| byte == 0));
 }
 
@@ -53,7 +52,7 @@ fn touching_leaves_everything_as_it_was() {
     arena.write(extent(0, 3 * PAGE_BYTES, PAGE_BYTES), 0, &[8]);
     let before = contents(&arena, whole);
     for for_writing in [false, true] {
-        touch(arena.segment(0), 0, 3 * PAGE_BYTES as usize, for_writing);
+        touch(&arena.segment(0), 0, 3 * PAGE_BYTES as usize, for_writing);
         assert_eq!(contents(&arena, whole), before);
     }
 }
@@ -64,7 +63,7 @@ fn a_change_of_owner_leaves_nothing_of_the_old_one() {
     let whole = |segment| extent(segment, 0, MIB);
     arena.write(whole(0), 0, &vec![0xaa; MIB as usize]);
     arena.write(whole(1), 0, &vec![0xbb; MIB as usize]);
-    arena.zero(0);
+    prepare(&arena, 0, TENANT, true);
     assert!(contents(&arena, whole(0)).iter().all(|&byte| byte == 0));
     assert!(contents(&arena, whole(1)).iter().all(|&byte| byte == 0xbb), "another segment was touched");
 }
@@ -106,8 +105,21 @@ fn whatever_leaves_its_extent_or_segment_panics_with_both_named() {
     }
 }
 
-fn shared(bytes: u64) -> SharedFile {
-    SharedFile::create(bytes).expect("a file")
+const TENANT: TenantId = TenantId(0);
+
+/// The file of an only tenant.
+fn shared(bytes: u64) -> Arc<[SharedFile]> {
+    shared_by(1, bytes)
+}
+
+fn shared_by(tenant_count: usize, bytes: u64) -> Arc<[SharedFile]> {
+    (0..tenant_count).map(|_| SharedFile::create(bytes).expect("a file")).collect()
+}
+
+fn prepare(arena: &Arena, segment: u32, tenant: TenantId, used: bool) -> Prepared {
+    let prepared = arena.prepare(segment, tenant, used).expect("memory");
+    assert!(prepared.populated, "{prepared:?}");
+    prepared
 }
 
 /// A file that a client has mapped, and its mapping.
@@ -128,6 +140,9 @@ fn words(clients: &MmapRaw) -> &[AtomicU64] {
 /// An arena of two segments and two ingest places, the first of which holds a file of random words.
 fn arena_with_ingest() -> (Arena, MmapRaw) {
     let arena = Arena::on(&shared(2 * MIB), MIB, 2, 2).expect("addresses");
+    for segment in 0..2 {
+        prepare(&arena, segment, TENANT, false);
+    }
     let (file, clients) = ingest(MIB);
     for (word, number) in words(&clients).iter().zip(0u64..) {
         word.store(tender_proto::sum::mix(number), Ordering::Relaxed);
@@ -141,9 +156,10 @@ fn segments_are_pieces_of_the_shared_file_in_their_order() {
     let file = shared(3 * MIB);
     let arena = Arena::on(&file, MIB, 3, 0).expect("addresses");
     for segment in 0..3 {
+        prepare(&arena, segment, TENANT, false);
         arena.write(extent(segment, PAGE_BYTES, PAGE_BYTES), 0, &[segment as u8 + 1]);
     }
-    let twin = File::from(copy(file.read_only()));
+    let twin = File::from(copy(file[0].read_only()));
     for segment in 0..3u64 {
         let mut bytes = [0; 2];
         twin.read_exact_at(&mut bytes, segment * MIB + PAGE_BYTES).expect("what clients see");
@@ -157,20 +173,123 @@ fn segments_are_pieces_of_the_shared_file_in_their_order() {
     assert!(error.contains("choose a multiple of 4096"), "{error}");
 }
 
+/// A client of a tenant: the whole file, mapped for reading for as long as it likes.
+fn client(files: &[SharedFile], tenant: TenantId) -> MmapRaw {
+    let file = &files[usize::from(tenant.0)];
+    let options = MmapOptions::new().len(file.bytes() as usize).clone();
+    options.map_raw_read_only(file.read_only().as_raw_fd()).expect("mapped for reading")
+}
+
+/// The words that a client sees in a segment, each once.
+fn seen(client: &MmapRaw, segment: u64) -> Vec<u64> {
+    let segment = &words(client)[(segment * MIB / 8) as usize..][..(MIB / 8) as usize];
+    let mut seen: Vec<u64> = segment.iter().map(|word| word.load(Ordering::Relaxed)).collect();
+    seen.sort_unstable();
+    seen.dedup();
+    seen
+}
+
+fn held_bytes(file: &SharedFile) -> u64 {
+    rustix::fs::fstat(file.writable()).expect("a file").st_blocks as u64 * 512
+}
+
+#[test]
+fn a_tenants_clients_never_see_what_is_anothers_also_when_a_segment_goes_there_and_back() {
+    let (one, other) = (TenantId(0), TenantId(1));
+    let files = shared_by(2, 2 * MIB);
+    let arena = Arena::on(&files, MIB, 2, 0).expect("addresses");
+    let (clients_of_one, clients_of_other) = (client(&files, one), client(&files, other));
+    let fill = |segment, byte: u8| arena.write(extent(segment, 0, MIB), 0, &vec![byte; MIB as usize]);
+    let sees = || [seen(&clients_of_one, 0), seen(&clients_of_other, 0)];
+    fill(0, 0x99);
+    assert_eq!(sees(), [[0], [0]], "what is not prepared is in nobody's file");
+    for (segment, tenant) in [(0, one), (1, other)] {
+        prepare(&arena, segment, tenant, false);
+    }
+    assert!(contents(&arena, extent(0, 0, MIB)).iter().all(|&byte| byte == 0), "and does not come into one");
+    fill(0, 0x11);
+    fill(1, 0x22);
+    let (ones, others) = (u64::from_le_bytes([0x11; 8]), u64::from_le_bytes([0x22; 8]));
+    assert_eq!(sees(), [[ones], [0]]);
+    assert_eq!([seen(&clients_of_one, 1), seen(&clients_of_other, 1)], [[0], [others]]);
+    let start = arena.segment(0);
+
+    // There; the client that read the hole made pages there, which tell nothing.
+    for used in [true, false] {
+        prepare(&arena, 0, other, used);
+        assert!(contents(&arena, extent(0, 0, MIB)).iter().all(|&byte| byte == 0));
+        assert_eq!((sees(), seen(&clients_of_other, 1)), ([vec![0], vec![0]], vec![others]));
+        fill(0, 0x33);
+        assert_eq!(sees(), [[0], [u64::from_le_bytes([0x33; 8])]]);
+        // And back.
+        prepare(&arena, 0, one, used);
+        assert!(contents(&arena, extent(0, 0, MIB)).iter().all(|&byte| byte == 0));
+        assert_eq!(held_bytes(&files[1]), MIB, "its memory is free");
+        assert_eq!(sees(), [[0], [0]]);
+        fill(0, 0x11);
+        assert_eq!(sees(), [[ones], [0]]);
+    }
+
+    // Staying whose it is it loses what it held if that was used, and its place never.
+    let address = arena.segment_pointer(0);
+    prepare(&arena, 0, one, false);
+    assert_eq!(sees(), [[ones], [0]]);
+    prepare(&arena, 0, one, true);
+    assert_eq!((sees(), arena.segment_pointer(0)), ([vec![0], vec![0]], address));
+    assert_eq!(Arc::strong_count(&start), 1, "a mapping that was left is gone with its last user");
+}
+
+#[test]
+fn a_client_that_reads_holes_costs_others_nothing() {
+    let (one, other) = (TenantId(0), TenantId(1));
+    let files = shared_by(2, 2 * MIB);
+    let arena = Arena::on(&files, MIB, 2, 0).expect("addresses");
+    for segment in 0..2 {
+        prepare(&arena, segment, one, false);
+        arena.write(extent(segment, 0, PAGE_BYTES), 0, &[7]);
+    }
+    let holes = client(&files, other);
+    assert_eq!([seen(&holes, 0), seen(&holes, 1)], [[0], [0]]);
+    for segment in 0..2 {
+        prepare(&arena, segment, other, true);
+        prepare(&arena, segment, one, true);
+        arena.write(extent(segment, 0, MIB), 0, &vec![7; MIB as usize]);
+    }
+    assert_eq!((held_bytes(&files[0]), held_bytes(&files[1])), (2 * MIB, 0));
+}
+
+#[test]
+fn as_many_tenants_as_there_may_be_get_a_file_each() {
+    let start = Instant::now();
+    let files = shared_by(crate::limits::TENANTS_MAX, 64 * MIB);
+    println!("{} files in {:?}", files.len(), start.elapsed());
+    let arena = Arena::on(&files, MIB, 64, 0).expect("addresses");
+    for (segment, tenant) in (0..64).zip(0..) {
+        prepare(&arena, segment, TenantId(tenant), false);
+    }
+    assert!(files.iter().all(|file| held_bytes(file) == MIB));
+}
+
 #[test]
 fn the_next_worker_finds_and_keeps_what_the_last_one_left() {
     let file = shared(4 * MIB);
     let first = Arena::on(&file, 2 * MIB, 2, 0).expect("addresses");
+    prepare(&first, 1, TENANT, false);
     let page = extent(1, 5 * PAGE_BYTES, PAGE_BYTES);
     first.write(page, 0, b"kept");
-    let adopted =
-        SharedFile::adopt(copy(file.writable()), copy(file.read_only()), file.protection()).expect("as it was");
+    let adopt = |file: &SharedFile| {
+        SharedFile::adopt(copy(file.writable()), copy(file.read_only()), file.protection()).expect("as it was")
+    };
+    let adopted: Arc<[SharedFile]> = file.iter().map(adopt).collect();
     drop((first, file));
     let second = Arena::on(&adopted, 2 * MIB, 2, 0).expect("addresses");
-    let prepared = second.prepare(1);
-    assert!(prepared.populated, "{prepared:?}");
+    prepare(&second, 1, TENANT, false);
     assert_eq!(&contents(&second, page)[..4], b"kept");
-    second.zero(1);
+    let third = Arena::on(&adopted, 2 * MIB, 2, 0).expect("addresses");
+    prepare(&third, 1, TENANT, true);
+    assert!(contents(&third, page).iter().all(|&byte| byte == 0), "used by somebody before this arena");
+    second.write(page, 0, b"kept");
+    prepare(&second, 1, TENANT, true);
     assert!(contents(&second, extent(1, 0, 2 * MIB)).iter().all(|&byte| byte == 0));
 }
 
@@ -179,7 +298,7 @@ fn forked_children_have_nothing_of_the_arena() {
     let (arena, _clients) = arena_with_ingest();
     let private = Arena::new(MIB, 2).expect("addresses");
     for arena in [&arena, &private] {
-        arena.prepare(0);
+        prepare(arena, 0, TENANT, false);
         assert_eq!([0, 1].map(|segment| is_inherited(arena.segment_pointer(segment).0)), [false, false]);
     }
     assert!(!is_inherited(arena.ingest_memory(2).as_ptr()));
@@ -340,10 +459,11 @@ fn ingest_memory_is_for_no_device_and_written_by_nobody_here() {
     assert_eq!((arena.segment_count(), arena.ingest_count()), (2, 2));
     assert_eq!([0, 1, 2, 3, 4].map(|segment| arena.is_ingest(segment)), [false, false, true, true, false]);
     let (file, _others) = ingest(MIB);
-    let cases: [(&str, &dyn Fn()); 13] = [
+    let cases: [(&str, &dyn Fn()); 14] = [
+        ("TenantId(1) has no file", &|| drop(arena.prepare(1, TenantId(1), false))),
         ("is ingest memory", &|| _ = arena.pointer(page)),
         ("is ingest memory", &|| _ = arena.segment_pointer(2)),
-        ("is ingest memory", &|| _ = arena.prepare(3)),
+        ("is ingest memory", &|| drop(arena.prepare(3, TENANT, false))),
         ("is ingest memory", &|| arena.zero(2)),
         ("is ingest memory", &|| arena.write(page, 0, &[1])),
         ("is ingest memory", &|| arena.zero_from(page, 0)),
