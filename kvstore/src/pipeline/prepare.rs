@@ -147,3 +147,6 @@ impl Core {
         self.host.tier.slab.segment_ready(segment, Some(next.tenant));
     }
 }
+
+#[cfg(test)]
+mod tests;
