@@ -6,6 +6,8 @@
 //!
 //!  gRPC threads ──Event──► core thread: pipeline::Core::step ──Action──► I/O thread per file, preparing thread, gRPC threads
 //! ```
+//! A keeper ([`keep`]) holds what outlives a crash and starts the worker ([`work`]), which is all of the above.
+//!
 //! One core thread owns the truth ([`pipeline`]); [`driver`] feeds it and does what it asks for; [`simulate`] drives the same core
 //! over a simulated disk and clock.
 
@@ -19,6 +21,7 @@ pub mod device;
 mod doctor;
 mod driver;
 pub mod index;
+mod keeper;
 pub mod limits;
 pub mod names;
 pub mod pipeline;
@@ -34,5 +37,6 @@ pub mod verb;
 
 pub use config::{Config, ConfigError, Overrides, default_socket};
 pub use doctor::{Finding, Verdict, doctor};
-pub use serve::{StartError, serve};
+pub use keeper::{Ended, keep};
+pub use serve::{StartError, work};
 pub use size::{Size, SizeError};

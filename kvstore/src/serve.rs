@@ -1,6 +1,7 @@
-//! A daemon, from configuration to the last flush: what was recovered, which threads run, when it stops.
+//! A worker, from configuration to the last flush: what was recovered, which threads run, when it stops.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use tender_proto::TenantSalt;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::clock::Clock;
 use crate::config::{Config, Geometry};
@@ -18,9 +19,10 @@ use crate::device::memory::{Arena, Extent};
 use crate::device::shared::SharedFile;
 use crate::doctor::{Finding, Verdict};
 use crate::driver::Driver;
+use crate::keeper::{Handed, Keeper, Sockets};
 use crate::names::TenantId;
 use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
-use crate::request::door::Door;
+use crate::request::door::{Before, Door};
 use crate::request::identity::{Identities, TokenError};
 use crate::request::listen::{ListenError, Listeners, Operators};
 use crate::request::server::{BlocksServer, random};
@@ -80,6 +82,9 @@ pub enum StartError {
     /// The metrics page.
     #[error("cannot serve metrics on {0}: {1}; give another --metrics, or none")]
     Metrics(std::net::SocketAddr, String),
+    /// What the keeper hands over.
+    #[error("the keeper's memory cannot be used: {0}; stop the daemon and start it anew")]
+    Keeper(io::Error),
     /// Threads, runtime, serving.
     #[error("the system refuses a thread or a socket: {0}")]
     System(io::Error),
@@ -90,21 +95,21 @@ pub fn tier_file_name(index: u32) -> String {
     format!("tender-{index}.tier")
 }
 
-/// Runs a daemon until SIGTERM or SIGINT; then writes back what is only in memory, for a while, and returns.
-pub fn serve(config: Config) -> Result<(), StartError> {
+/// Runs a worker until SIGTERM or SIGINT, or until the keeper behind `socket` wants another one; then writes back what is only in memory,
+/// for a while, and returns. Ends with the keeper.
+pub fn work(config: Config, socket: OwnedFd) -> Result<(), StartError> {
     telemetry::start_log(&config.log, config.log_format).map_err(|error| StartError::Log(config.log.clone(), error))?;
     stop_on_broken_invariant();
-    // While this process is small and has neither threads nor tier files: it forks.
-    let memory =
-        config.tenants.iter().map(|_| SharedFile::create(config.host.bytes())).collect::<io::Result<Arc<[_]>>>();
-    let memory = memory.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?;
+    die_with_keeper().map_err(StartError::Keeper)?;
+    let (keeper, handed) = Keeper::meet(socket, config.host.segment_bytes).map_err(StartError::Keeper)?;
+    check_memory(&config, &handed).map_err(StartError::Keeper)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8))
         .thread_name("tender-grpc")
         .enable_all()
         .build()
         .map_err(StartError::System)?;
-    runtime.block_on(run(config, memory))
+    runtime.block_on(run(config, Arc::new(keeper), handed))
 }
 
 /// A panic of the core, or of a thread that it counts on, ends the process: a daemon that lives on without them answers nothing. A
@@ -129,12 +134,37 @@ struct Disks {
     findings: Vec<Finding>,
 }
 
-async fn run(config: Config, memory: Arc<[SharedFile]>) -> Result<(), StartError> {
+/// The system ends this process when the keeper dies: it could serve on, but nobody would hold what outlives it.
+fn die_with_keeper() -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+    Ok(())
+}
+
+/// That the memory is the one that the configuration speaks of: another worker's may have been started from another one.
+fn check_memory(config: &Config, handed: &Handed) -> io::Result<()> {
+    let (files, tenants) = (handed.memory.len(), config.tenants.len());
+    let (bytes, wanted) = (handed.memory.iter().map(SharedFile::bytes).min().unwrap_or(0), config.host.bytes());
+    if files == tenants && bytes == wanted {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::InvalidInput,
+        format!(
+            "the configuration has changed: memory was made for {files} tenants and {} each, but {tenants} and {} are wanted",
+            Size(bytes),
+            Size(wanted)
+        ),
+    ))
+}
+
+async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), StartError> {
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
-    // The socket first: it tells a second daemon apart from one whose files are merely still locked.
-    let listeners = Listeners::bind(&config).await?;
+    let Handed { sockets, memory, table: _, members, ingest, epoch, next_mapping, is_warm: _ } = handed;
+    let Sockets { unix, door, tcp } = sockets;
+    let listeners = Listeners::new(unix, tcp).map_err(StartError::System)?;
+    let memory: Arc<[SharedFile]> = memory.into();
     let Geometry { segment_bytes, segment_count } = config.host;
     let arena = Arena::on(&memory, segment_bytes, segment_count, config.ingest_segment_count);
     let arena = Arc::new(arena.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?);
@@ -157,7 +187,15 @@ async fn run(config: Config, memory: Arc<[SharedFile]>) -> Result<(), StartError
     let recovered = core.counters().recovered_blocks;
     let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
     let (mut driver, handle) = driver.map_err(StartError::System)?;
-    let door = listeners.door().and_then(|socket| Door::open(socket, memory, Arc::clone(&arena), driver.queue()));
+    // Host memory begins empty: nothing of what was there before is known any more.
+    for member in members {
+        keeper.forget_member(member.attachment).map_err(StartError::Keeper)?;
+    }
+    for memory in ingest {
+        keeper.forget_ingest(memory.segment).map_err(StartError::Keeper)?;
+    }
+    let before = Before { members: Vec::new(), ingest: Vec::new(), next_mapping };
+    let door = Door::open(door, memory, Arc::clone(&arena), driver.queue(), Arc::clone(&keeper), before);
     let door = door.map_err(StartError::System)?;
     driver.serve_door(door.queue());
     let core_thread = std::thread::Builder::new().name("tender-core".to_owned()).spawn(move || driver.run());
@@ -165,7 +203,6 @@ async fn run(config: Config, memory: Arc<[SharedFile]>) -> Result<(), StartError
     if let Some(address) = config.metrics {
         telemetry::start_metrics(address).map_err(|error| StartError::Metrics(address, error))?;
     }
-    let epoch = random();
     let config = Arc::new(config);
     greet(&config, &findings, recovered);
     let blocks = BlocksServer::new(handle.clone(), Arc::clone(&identities), epoch);
@@ -180,7 +217,22 @@ async fn run(config: Config, memory: Arc<[SharedFile]>) -> Result<(), StartError
     // Before anything is served: what a client was told to be stored is not lost to a signal that comes early.
     let asked_to_stop = asked_to_stop().map_err(StartError::System)?;
     let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
-    asked_to_stop.await;
+    keeper.serving().map_err(StartError::Keeper)?;
+    let (retire, retirement) = oneshot::channel();
+    // Not a task of the runtime, which would wait for it at its end.
+    let listening = std::thread::Builder::new().name("tender-keeper".to_owned()).spawn(move || {
+        let _ = retire.send(keeper.wait_for_retirement());
+    });
+    listening.map_err(StartError::System)?;
+    tokio::select! {
+        () = asked_to_stop => {}
+        retired = retirement => {
+            if !matches!(retired, Ok(Ok(()))) {
+                tracing::error!("the keeper is gone, and this worker ends with it");
+                std::process::exit(1);
+            }
+        }
+    }
     tracing::info!("stopping: writing back what is only in memory, for at most {} s", limits::DRAIN.as_secs());
     // Whatever the drain did not manage in its time is a miss after the next start.
     let _ = handle.ask(TenantId(0), limits::DRAIN, Verb::Drain).await;

@@ -30,6 +30,8 @@ pub enum Verb {
     Join(AttachmentId),
     /// The process of this attachment is dead, for certain.
     Gone(AttachmentId),
+    /// It has left the local door, and says that it holds nothing.
+    Left(AttachmentId),
     /// Where are these?
     Lookup(AttachmentId, Vec<BlockKey>),
     /// Slots for a run of blocks.

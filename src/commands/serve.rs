@@ -1,10 +1,12 @@
 //! `tender serve`: the daemon of this node.
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::process::Command;
 
 use clap::Args;
-use tender_kvstore::{Config, Overrides};
+use tender_kvstore::{Config, Ended, Overrides};
 
 use crate::failure::Failure;
 use crate::lifeline::die_with;
@@ -18,6 +20,9 @@ pub struct Serve {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    /// Be the worker of the keeper whose socket is the standard input
+    #[arg(long, hide = true)]
+    worker: bool,
     /// End when this process does
     #[arg(long, hide = true, value_name = "PROCESS")]
     parent: Option<u32>,
@@ -63,10 +68,25 @@ impl Settings {
 impl Serve {
     /// Serves until SIGTERM or SIGINT.
     pub fn run(self) -> Result<(), Failure> {
-        if let Some(parent) = self.parent {
+        if let Some(parent) = self.parent.filter(|_| !self.worker) {
             die_with(parent)?;
         }
         let config = Config::load(self.config.as_deref(), &self.settings.overrides()).map_err(Failure::message)?;
-        tender_kvstore::serve(config).map_err(Failure::message)
+        if self.worker {
+            let socket = std::io::stdin().as_fd().try_clone_to_owned();
+            let socket = socket.map_err(Failure::of("cannot take the keeper's socket"))?;
+            return tender_kvstore::work(config, socket).map_err(Failure::message);
+        }
+        // By its path: an upgrade puts another file there, from which the next worker is started.
+        let binary = std::env::current_exe().map_err(Failure::of("cannot find this program's own file"))?;
+        let worker = || {
+            let mut command = Command::new(&binary);
+            command.args(std::env::args_os().skip(1)).arg("--worker");
+            command
+        };
+        match tender_kvstore::keep(&config, worker).map_err(Failure::message)? {
+            Ended::Well => Ok(()),
+            Ended::Badly => Err(Failure::Bad),
+        }
     }
 }

@@ -150,8 +150,10 @@ pub enum Input {
     IngestMade(u32, Option<u32>),
     /// A process comes to the local door, through the connection of that number.
     Join(u64, Box<Local>),
-    /// A process is dead, or has left.
+    /// A process is dead.
     Gone(AttachmentId),
+    /// A process has left the local door.
+    Left(AttachmentId),
     /// End.
     Stop,
 }
@@ -422,6 +424,10 @@ impl Driver {
             Input::Gone(attachment) => {
                 self.locals.close(attachment, &self.sleeper);
                 self.undo(Verb::Gone(attachment))
+            }
+            Input::Left(attachment) => {
+                self.locals.close(attachment, &self.sleeper);
+                self.undo(Verb::Left(attachment))
             }
             Input::Stop => return None,
         })

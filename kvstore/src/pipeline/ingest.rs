@@ -253,7 +253,9 @@ impl Core {
 
     fn begin_promotion(&mut self, node: NodeId, actions: &mut Actions) -> bool {
         let Some(first) = self.index.node(node).copy(Place::Host) else { return false };
-        let from: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
+        // Shards that came over gRPC are where they are to be.
+        let slab = &self.host.tier.slab;
+        let from: Vec<SlotId> = slab.chain(first).filter(|&slot| slab.is_ingest(slot)).collect();
         // Being read protects the copy from the search for victims that follows, and until it has been copied.
         for &slot in &from {
             self.read(Place::Host, slot);
@@ -374,8 +376,15 @@ impl Core {
 
     /// The block is read from its shared slots from now on; who still reads the others gives them back.
     fn move_copy(&mut self, node: NodeId, slots: &[(SlotId, SlotId)]) {
-        let first = slots[0].1;
-        let shelf = self.host.tier.slab.shelf_of(first);
+        let slab = &mut self.host.tier.slab;
+        let old = self.index.node(node).copy(Place::Host).expect("a copy that is moved is there");
+        let moved = |slot: SlotId| slots.iter().find(|(from, _)| *from == slot).map_or(slot, |(_, to)| *to);
+        let chain: Vec<SlotId> = slab.chain(old).map(moved).collect();
+        for (&slot, next) in chain.iter().zip(chain.iter().skip(1).chain([&SlotId::NONE])) {
+            slab.slot_mut(slot).next = *next;
+        }
+        let first = chain[0];
+        let shelf = slab.shelf_of(first);
         for &(from, _) in slots {
             let record = self.host.tier.slab.slot_mut(from);
             record.node = NodeId::NONE;
@@ -398,14 +407,17 @@ impl Core {
         }
     }
 
-    /// A client that writes in place is gone, for certain: what its group began is ended, and its segments are given up once their
-    /// blocks have been copied out.
-    pub(super) fn member_gone(&mut self, attachment: AttachmentId) {
+    /// A client that writes in place is dead, for certain, or has left in good order. What its group began is ended, or what it began itself;
+    /// its segments are given up once their blocks have been copied out.
+    pub(super) fn member_gone(&mut self, attachment: AttachmentId, is_dead: bool) {
         let Some((group, is_last)) = self.attachments.local_gone(attachment) else { return };
         let ended: Vec<(Hold, Right)> = self
             .grants
             .all()
-            .filter(|(_, grant)| grant.holder.group == group && (is_last || grant.right == Right::Reservation))
+            .filter(|(_, grant)| {
+                let is_ended = grant.right == Right::Reservation && (is_dead || grant.holder.attachment == attachment);
+                grant.holder.group == group && (is_last || is_ended)
+            })
             .map(|(hold, grant)| (hold, grant.right))
             .collect();
         for (hold, right) in ended {
@@ -418,7 +430,7 @@ impl Core {
         let shelves: Vec<ShelfId> =
             slab.shelves().filter(|(_, owner)| owner.writer == Some(attachment)).map(|(shelf, _)| shelf).collect();
         for shelf in shelves {
-            // Blocks of which a shard will never come.
+            // Blocks of which a shard will never come; one that left in good order has put its own.
             let slab = &self.host.tier.slab;
             let filling = |slot: &SlotId| {
                 let record = slab.slot(*slot);
@@ -427,7 +439,7 @@ impl Core {
             };
             let half: BTreeSet<NodeId> =
                 slab.slots_of(shelf).filter(filling).map(|slot| slab.slot(slot).node).collect();
-            for node in half {
+            for node in half.into_iter().filter(|_| is_dead) {
                 self.drop_filling(node);
             }
             for segment in self.host.tier.slab.segments_of(shelf) {

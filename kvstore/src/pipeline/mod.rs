@@ -307,14 +307,18 @@ impl Core {
             Verb::Attach(attach) => Some(self.attach(tenant, *attach, actions)),
             Verb::Detach(attachment) => {
                 if self.attachments.get(attachment, tenant, self.now_ms).is_some() {
-                    self.member_gone(attachment);
+                    self.member_gone(attachment, false);
                     self.attachments.leave(attachment, tenant);
                 }
                 Some(Reply::Done)
             }
             Verb::Join(attachment) => Some(self.join(attachment)),
             Verb::Gone(attachment) => {
-                self.member_gone(attachment);
+                self.member_gone(attachment, true);
+                Some(Reply::Done)
+            }
+            Verb::Left(attachment) => {
+                self.member_gone(attachment, false);
                 Some(Reply::Done)
             }
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),

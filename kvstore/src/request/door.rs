@@ -27,6 +27,7 @@ use crate::device::ingest::IngestFile;
 use crate::device::memory::Arena;
 use crate::device::shared::SharedFile;
 use crate::driver::{DoorCommand, Input, Local, Member, Queue, Sleeper};
+use crate::keeper::{Keeper, KeptIngest, KeptMember};
 use crate::limits;
 use crate::names::{AttachmentId, GroupId, TenantId};
 
@@ -52,6 +53,8 @@ impl Door {
         files: Arc<[SharedFile]>,
         arena: Arc<Arena>,
         core: Queue<Input>,
+        keeper: Arc<Keeper>,
+        before: Before,
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let sleeper = Sleeper::new()?;
@@ -60,8 +63,7 @@ impl Door {
         let (sender, commands) = sync_channel(queue);
         let sender = Queue::new(sender, &sleeper);
         let mapper = mapping_thread(&arena, core.clone(), sender.clone())?;
-        let first_mapping = tender_proto::greeting::SHARED_MAPPING + 1;
-        let doorman = Doorman {
+        let mut doorman = Doorman {
             listener,
             sleeper,
             commands,
@@ -74,8 +76,10 @@ impl Door {
             members: HashMap::new(),
             memory: HashMap::new(),
             last_name: LISTENER,
-            next_mapping: first_mapping,
+            next_mapping: before.next_mapping,
+            keeper,
         };
+        doorman.take_over(before)?;
         let thread = std::thread::Builder::new().name("tender-door".to_owned()).spawn(move || doorman.run())?;
         Ok(Self { commands: sender, thread })
     }
@@ -97,6 +101,17 @@ impl Door {
 /// The name under which the listening socket is heard. Connections have even names behind it, processes the odd one after their
 /// connection's.
 const LISTENER: u64 = 2;
+
+/// What the worker before has left.
+#[derive(Debug)]
+pub struct Before {
+    /// Processes that it had let in.
+    pub members: Vec<KeptMember>,
+    /// Their memory, which the arena has mapped again.
+    pub ingest: Vec<KeptIngest>,
+    /// The first name of memory that was never used.
+    pub next_mapping: u32,
+}
 
 /// A process that was let in.
 struct Watched {
@@ -143,9 +158,25 @@ struct Doorman {
     memory: HashMap<u32, Memory>,
     last_name: u64,
     next_mapping: u32,
+    keeper: Arc<Keeper>,
 }
 
 impl Doorman {
+    /// Watches over the processes from before. They have no connection, until they come again.
+    fn take_over(&mut self, before: Before) -> io::Result<()> {
+        for KeptMember { attachment, tenant, process } in before.members {
+            self.last_name += 2;
+            self.sleeper.listen(process.as_fd(), self.last_name + 1)?;
+            self.members.insert(attachment, Watched { process, tenant, connection: self.last_name });
+        }
+        for KeptIngest { writer, segment, mapping, tenant, file } in before.ingest {
+            let file = Arc::new(file);
+            let memory = Memory { mapping, tenant, writer, file, until: None, readers: Vec::new() };
+            self.memory.insert(segment, memory);
+        }
+        Ok(())
+    }
+
     fn run(mut self) {
         let mut heard = Vec::new();
         let mut looked = Instant::now();
@@ -189,7 +220,7 @@ impl Doorman {
             }
             DoorCommand::Left(attachment) => {
                 if let Some(member) = self.members.remove(&attachment) {
-                    self.end_member(&member);
+                    self.end_member(attachment, &member);
                 }
             }
             DoorCommand::Stop => {}
@@ -258,8 +289,8 @@ impl Doorman {
                 if let Some(attachment) = self.member_of(name)
                     && let Some(member) = self.members.remove(&attachment)
                 {
-                    self.end_member(&member);
-                    self.tell_core(Input::Gone(attachment));
+                    self.end_member(attachment, &member);
+                    self.tell_core(Input::Left(attachment));
                 }
                 Ok(())
             }
@@ -310,8 +341,9 @@ impl Doorman {
                 return self.hang_up(name);
             }
         };
-        // One that is dead already is readable at once.
-        if let Err(error) = self.sleeper.listen(process.as_fd(), name + 1) {
+        // One that is dead already is readable at once. Kept before anything is granted to it.
+        let kept = self.keeper.keep_member(attachment, tenant, &process);
+        if let Err(error) = kept.and_then(|()| self.sleeper.listen(process.as_fd(), name + 1)) {
             self.say(name, &ToClient::Refused(format!("the daemon cannot watch one more process ({error})")), &[]);
             self.hang_up(name);
             return self.tell_core(Input::Gone(attachment));
@@ -341,6 +373,10 @@ impl Doorman {
             }
         };
         let mapping = self.next_mapping;
+        if let Err(error) = self.keeper.keep_ingest(writer, segment, mapping, tenant, &file) {
+            tracing::warn!("the keeper does not take a client's memory: {error}");
+            return false;
+        }
         self.next_mapping += 1;
         let offer = ToClient::Map { mapping, bytes: self.segment_bytes, writable: true };
         let until = Some(Instant::now() + MAPPING);
@@ -378,6 +414,8 @@ impl Doorman {
 
     fn forget(&mut self, segment: u32) {
         let Some(Memory { mapping, writer, readers, .. }) = self.memory.remove(&segment) else { return };
+        // A keeper that is gone takes this process with it.
+        let _ = self.keeper.forget_ingest(segment);
         let writer = self.members.get(&writer).map(|member| member.connection);
         for name in readers.into_iter().chain(writer) {
             self.say(name, &ToClient::Forget(mapping), &[]);
@@ -394,13 +432,14 @@ impl Doorman {
         let found = self.members.iter().find(|(_, member)| member.connection == name && member.process.is_dead());
         let Some(attachment) = found.map(|(attachment, _)| *attachment) else { return };
         if let Some(member) = self.members.remove(&attachment) {
-            self.end_member(&member);
+            self.end_member(attachment, &member);
             self.tell_core(Input::Gone(attachment));
         }
     }
 
     /// Nothing is expected of a member any more.
-    fn end_member(&mut self, member: &Watched) {
+    fn end_member(&mut self, attachment: AttachmentId, member: &Watched) {
+        let _ = self.keeper.forget_member(attachment);
         self.sleeper.ignore(member.process.as_fd());
         self.hang_up(member.connection);
     }

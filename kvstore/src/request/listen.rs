@@ -2,9 +2,10 @@
 //! encryption.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tender_proto::greeting::SOCKET_SUFFIX;
 use tender_proto::wire;
@@ -46,13 +47,19 @@ pub enum ListenError {
     },
 }
 
-/// The sockets, bound and not yet served.
+/// The sockets, bound, with their names in the file system. Held by the keeper, so that nobody who asks is turned away while one worker
+/// follows another.
+pub struct Bound {
+    unix: std::os::unix::net::UnixListener,
+    door: std::os::unix::net::UnixListener,
+    tcp: Option<std::net::TcpListener>,
+    _names: [SocketFile; 2],
+}
+
+/// The sockets as a worker serves them.
 pub struct Listeners {
     unix: UnixListener,
     tcp: Option<TcpListener>,
-    file: SocketFile,
-    door: std::os::unix::net::UnixListener,
-    door_file: SocketFile,
 }
 
 /// The name of our Unix socket: removed with the daemon, whether it served or did not even start.
@@ -76,44 +83,54 @@ impl Drop for SocketFile {
     }
 }
 
-impl Listeners {
+impl Bound {
     /// Binds all sockets of a configuration. A socket file that nobody answers on is left from a daemon that was killed.
-    pub async fn bind(config: &Config) -> Result<Self, ListenError> {
+    pub fn bind(config: &Config) -> Result<Self, ListenError> {
         let path = &config.socket;
         let error = |source| ListenError::Socket { path: path.display().to_string(), source };
-        if is_taken(path).await {
+        if is_taken(path) {
             return Err(ListenError::SocketTaken(path.display().to_string()));
         }
-        remove_stale(path).map_err(error)?;
         if let Some(folder) = path.parent() {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(error)?;
         }
-        let unix = UnixListener::bind(path).map_err(error)?;
-        let file = SocketFile::of(path).map_err(error)?;
-        let mode = std::fs::Permissions::from_mode(config.socket_mode);
-        std::fs::set_permissions(path, mode.clone()).map_err(error)?;
+        let (unix, unix_name) = bind_unix(path, config.socket_mode).map_err(error)?;
         let mut door_path = path.clone().into_os_string();
         door_path.push(SOCKET_SUFFIX);
         let door_path = PathBuf::from(door_path);
         let door_error = |source| ListenError::Socket { path: door_path.display().to_string(), source };
-        remove_stale(&door_path).map_err(door_error)?;
-        let door = std::os::unix::net::UnixListener::bind(&door_path).map_err(door_error)?;
-        let door_file = SocketFile::of(&door_path).map_err(door_error)?;
-        std::fs::set_permissions(&door_path, mode).map_err(door_error)?;
-        let tcp = match config.listen {
-            None => None,
-            Some(address) => Some(
-                TcpListener::bind(address)
-                    .await
-                    .map_err(|source| ListenError::Address { address: address.to_string(), source })?,
-            ),
-        };
-        Ok(Self { unix, tcp, file, door, door_file })
+        let (door, door_name) = bind_unix(&door_path, config.socket_mode).map_err(door_error)?;
+        let tcp = config.listen.map(|address| {
+            let error = |source| ListenError::Address { address: address.to_string(), source };
+            std::net::TcpListener::bind(address).map_err(error)
+        });
+        Ok(Self { unix, door, tcp: tcp.transpose()?, _names: [unix_name, door_name] })
     }
 
-    /// The socket of the local door, for whoever serves it.
-    pub fn door(&self) -> io::Result<std::os::unix::net::UnixListener> {
-        self.door.try_clone()
+    /// For a worker: gRPC on the Unix socket, the local door, gRPC on a loopback address if there is one.
+    pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
+        let tcp = self.tcp.as_ref().map(AsFd::as_fd);
+        [self.unix.as_fd(), self.door.as_fd()].into_iter().chain(tcp).collect()
+    }
+}
+
+fn bind_unix(path: &Path, mode: u32) -> io::Result<(std::os::unix::net::UnixListener, SocketFile)> {
+    remove_stale(path)?;
+    let listener = std::os::unix::net::UnixListener::bind(path)?;
+    let name = SocketFile::of(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    Ok((listener, name))
+}
+
+impl Listeners {
+    /// Takes over sockets that are bound. Within a runtime.
+    pub fn new(unix: std::os::unix::net::UnixListener, tcp: Option<std::net::TcpListener>) -> io::Result<Self> {
+        unix.set_nonblocking(true)?;
+        let tcp = tcp.map(|tcp| {
+            tcp.set_nonblocking(true)?;
+            TcpListener::from_std(tcp)
+        });
+        Ok(Self { unix: UnixListener::from_std(unix)?, tcp: tcp.transpose()? })
     }
 
     /// Serves until `stop` is resolved, then lets what is under way finish.
@@ -127,7 +144,7 @@ impl Listeners {
             // A sender that is gone says the same.
             let _ = stop.wait_for(|stop| *stop).await;
         };
-        let Self { unix, tcp, file: _until_the_end, door: _, door_file: _and_this } = self;
+        let Self { unix, tcp } = self;
         let unix = router(blocks.clone(), operators.clone())
             .serve_with_incoming_shutdown(UnixListenerStream::new(unix), stopped(stop.clone()));
         let tcp = async {
@@ -141,16 +158,17 @@ impl Listeners {
 }
 
 /// Whether somebody answers and goes on to: a process that was killed holds its socket until the kernel has taken back its memory.
-async fn is_taken(path: &Path) -> bool {
+fn is_taken(path: &Path) -> bool {
     const PATIENCE: Duration = Duration::from_secs(2);
     const PAUSE: Duration = Duration::from_millis(50);
-    let answers = || std::os::unix::net::UnixStream::connect(path).is_ok();
-    let gone = async {
-        while answers() {
-            tokio::time::sleep(PAUSE).await;
+    let since = Instant::now();
+    while std::os::unix::net::UnixStream::connect(path).is_ok() {
+        if since.elapsed() >= PATIENCE {
+            return true;
         }
-    };
-    tokio::time::timeout(PATIENCE, gone).await.is_err()
+        std::thread::sleep(PAUSE);
+    }
+    false
 }
 
 fn remove_stale(path: &Path) -> io::Result<()> {

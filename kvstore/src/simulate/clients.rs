@@ -211,10 +211,11 @@ impl World {
         self.groups[group].members.retain(|&other| other != member);
         let deadline_ms = self.deadline_ms();
         let is_local = self.groups[group].door == Door::Ring;
+        let is_dead = is_local && self.random.happens(500);
         if is_local {
-            self.process_ends(group, member);
+            self.process_ends(group, member, is_dead);
         }
-        let verb = if is_local && self.random.happens(500) { Verb::Gone(member) } else { Verb::Detach(member) };
+        let verb = if is_dead { Verb::Gone(member) } else { Verb::Detach(member) };
         self.ask(tenant, deadline_ms, verb, Question::Any);
         // What comes instead is another engine.
         if self.groups[group].members.is_empty() && self.random.happens(700) {
@@ -223,13 +224,14 @@ impl World {
         }
     }
 
-    /// A process that reads and writes in place is dead. What its group was writing is ended, what it was reading when it was the last;
-    /// a child that it forked writes on.
-    fn process_ends(&mut self, group: usize, member: AttachmentId) {
+    /// A process that reads and writes in place is dead, or leaves. What its group was writing is ended, or what it was writing itself;
+    /// what the group was reading when it was the last. A child that it forked writes on.
+    fn process_ends(&mut self, group: usize, member: AttachmentId, is_dead: bool) {
         let is_last = self.groups[group].members.is_empty();
         let version = self.groups[group].version;
         let ended = self.call_off(|due| match due {
-            Due::FinishPut(puts) => (puts[0].group, puts[0].version) == (group, version),
+            Due::FinishPut(puts) if is_last || is_dead => (puts[0].group, puts[0].version) == (group, version),
+            Due::FinishPut(puts) => puts[0].attachment == member,
             Due::Release(leases) => is_last && leases[0].reader == Some(group),
             _ => false,
         });
@@ -308,7 +310,9 @@ impl World {
             let (tenant, attachment) = self.member(group);
             let shard = Shard { index, count: shards };
             let bytes_max = if self.random.happens(100) { self.random.below(200_000) } else { u64::MAX };
-            let door = self.groups[group].door;
+            // Who finds no memory to write to puts over gRPC.
+            let is_stream = self.random.happens(100);
+            let door = if is_stream { Door::Stream } else { self.groups[group].door };
             let verb = Verb::Reserve { attachment, parent, keys: keys.clone(), shard, bytes_max, door };
             let deadline_ms = self.deadline_ms();
             let question = Question::Reserve { group, attachment, door, version, at: at.clone(), shard };

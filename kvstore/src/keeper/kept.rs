@@ -1,0 +1,106 @@
+//! What the keeper holds.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
+
+use super::messages::Said;
+use crate::config::Config;
+use crate::device::shared::{Protection, SharedFile};
+use crate::device::table::TableFile;
+use crate::limits;
+use crate::request::listen::Bound;
+use crate::request::server::random;
+use crate::serve::StartError;
+use crate::size::Size;
+
+/// Sockets, memory, and what workers have deposited.
+pub(super) struct Kept {
+    sockets: Bound,
+    memory: Vec<SharedFile>,
+    table: TableFile,
+    epoch: u64,
+    /// A worker served from this memory.
+    pub(super) is_warm: bool,
+    /// By attachment: tenant and pidfd.
+    members: BTreeMap<u64, (u32, OwnedFd)>,
+    /// By segment: writer, mapping, tenant and file.
+    ingest: BTreeMap<u32, (u64, u32, u32, OwnedFd)>,
+    next_mapping: u32,
+}
+
+impl Kept {
+    /// Binds the sockets and makes the memory.
+    pub(super) fn new(config: &Config) -> Result<Self, StartError> {
+        // The sockets first: they tell a second daemon apart from one whose files are merely still locked.
+        let sockets = Bound::bind(config)?;
+        let (memory, table) = make_memory(config)?;
+        Ok(Self {
+            sockets,
+            memory,
+            table,
+            epoch: random(),
+            is_warm: false,
+            members: BTreeMap::new(),
+            ingest: BTreeMap::new(),
+            next_mapping: tender_proto::greeting::SHARED_MAPPING + 1,
+        })
+    }
+
+    /// Lets go of all memory, and of whom used it.
+    pub(super) fn renew_memory(&mut self, config: &Config) -> Result<(), StartError> {
+        self.members.clear();
+        self.ingest.clear();
+        (self.memory, self.table) = make_memory(config)?;
+        (self.epoch, self.is_warm) = (random(), false);
+        Ok(())
+    }
+
+    /// Hands all of it to a worker that just started.
+    pub(super) fn hand_over(&self, socket: &UnixStream, deadline: Instant) -> io::Result<()> {
+        let say = |said: Said, with: &[BorrowedFd<'_>]| said.send(socket.as_fd(), with, deadline);
+        let sockets = self.sockets.descriptors();
+        say(Said::Sockets { has_tcp: sockets.len() == 3 }, &sockets)?;
+        for (file, tenant) in self.memory.iter().zip(0..) {
+            let is_read_only_mount = file.protection() == Protection::ReadOnlyMount;
+            say(Said::Memory { tenant, is_read_only_mount }, &[file.writable(), file.read_only()])?;
+        }
+        say(Said::Table { bytes: self.table.bytes() }, &[self.table.descriptor()])?;
+        for (&attachment, (tenant, pidfd)) in &self.members {
+            say(Said::Member { attachment, tenant: *tenant }, &[pidfd.as_fd()])?;
+        }
+        for (&segment, (writer, mapping, tenant, file)) in &self.ingest {
+            let said = Said::Ingest { writer: *writer, segment, mapping: *mapping, tenant: *tenant };
+            say(said, &[file.as_fd()])?;
+        }
+        let Self { epoch, next_mapping, is_warm, .. } = *self;
+        say(Said::Begin { epoch, next_mapping, is_warm }, &[])
+    }
+
+    /// What a worker says.
+    pub(super) fn take(&mut self, said: Said, with: Vec<OwnedFd>) {
+        let first = with.into_iter().next();
+        match (said, first) {
+            (Said::Member { attachment, tenant }, Some(pidfd)) if self.members.len() < limits::LOCALS_MAX => {
+                self.members.insert(attachment, (tenant, pidfd));
+            }
+            (Said::Ingest { writer, segment, mapping, tenant }, Some(file)) => {
+                self.next_mapping = self.next_mapping.max(mapping.saturating_add(1));
+                self.ingest.insert(segment, (writer, mapping, tenant, file));
+            }
+            (Said::Gone { attachment }, _) => drop(self.members.remove(&attachment)),
+            (Said::Dropped { segment }, _) => drop(self.ingest.remove(&segment)),
+            _ => {}
+        }
+    }
+}
+
+fn make_memory(config: &Config) -> Result<(Vec<SharedFile>, TableFile), StartError> {
+    let error = |source| StartError::Memory { size: Size(config.host.bytes()), source };
+    let files = config.tenants.iter().map(|_| SharedFile::create(config.host.bytes()));
+    let memory = files.collect::<io::Result<Vec<_>>>().map_err(error)?;
+    let table = TableFile::create(crate::device::block::PAGE_BYTES).map_err(error)?;
+    Ok((memory, table))
+}

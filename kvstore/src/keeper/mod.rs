@@ -1,0 +1,200 @@
+//! The keeper: the process that `tender serve` is. It holds what must outlive a crash or an upgrade of the daemon, and starts the worker,
+//! which does everything else.
+//!
+//! ```text
+//!            keeper                                        worker (its child)
+//!  sockets, shared memory, records  ──handed over──►  serves; its crash loses no host memory:
+//!  pidfds and memory of clients     ◄──deposited───   the next one finds it as it was
+//!
+//!  worker ends by itself        the keeper ends, with the same status
+//!  worker is killed, crashes    the next one is started; memory that two in a row could not start from is made anew
+//!  keeper is killed             the worker is killed by the system: host memory is lost, the disk tier recovers
+//!  SIGTERM                      passed on; the worker drains
+//!  Replace                      the worker ends what is under way and exits; the next one is started from the binary that is there then
+//! ```
+//! It has one thread, asks nobody anything that could make it wait, and touches no block.
+
+mod kept;
+mod messages;
+mod worker;
+
+use std::io;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use self::kept::Kept;
+use self::messages::Said;
+pub use self::worker::{Handed, Keeper, KeptIngest, KeptMember, Sockets};
+use crate::config::Config;
+use crate::serve::StartError;
+
+/// How long handing over may take.
+const HANDOVER: Duration = Duration::from_secs(5);
+
+/// Crashes within `CRASHES_WITHIN` after which starting again is given up: the cause is not one that passes.
+const CRASHES_MAX: usize = 8;
+const CRASHES_WITHIN: Duration = Duration::from_secs(60);
+
+/// Starts from the same memory that may fail before it is made anew.
+const WARM_STARTS_MAX: u32 = 2;
+
+/// How a daemon ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// As it was asked to.
+    Well,
+    /// It could not start, or gave up; it has said why.
+    Badly,
+}
+
+/// Keeps until SIGTERM or SIGINT. `worker` makes the command of a worker, which gets its end of the socket as its standard input.
+pub fn keep(config: &Config, worker: impl Fn() -> std::process::Command) -> Result<Ended, StartError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::System)?;
+    runtime.block_on(async {
+        let mut signals = Signals::new().map_err(StartError::System)?;
+        let mut kept = Kept::new(config)?;
+        let mut crashes: Vec<Instant> = Vec::new();
+        let mut failed_starts = 0;
+        loop {
+            let life = live(&mut kept, &mut signals, worker()).await.map_err(StartError::System)?;
+            if life.asked_to_end {
+                return Ok(if life.ended_well || !life.exited { Ended::Well } else { Ended::Badly });
+            }
+            if life.exited && !life.is_replaced {
+                return Ok(if life.ended_well { Ended::Well } else { Ended::Badly });
+            }
+            if life.is_replaced {
+                continue;
+            }
+            failed_starts = if life.served { 0 } else { failed_starts + 1 };
+            crashes.retain(|crash| crash.elapsed() < CRASHES_WITHIN);
+            crashes.push(Instant::now());
+            if crashes.len() > CRASHES_MAX {
+                eprintln!(
+                    "tender: the daemon crashed {CRASHES_MAX} times within {} s; look at its last words above, and start it again",
+                    CRASHES_WITHIN.as_secs()
+                );
+                return Ok(Ended::Badly);
+            }
+            if failed_starts >= WARM_STARTS_MAX {
+                eprintln!("tender: host memory is made anew, since {failed_starts} starts from it failed");
+                kept.renew_memory(config)?;
+                failed_starts = 0;
+            }
+        }
+    })
+}
+
+/// What asks the daemon to end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// How a worker's life was.
+#[derive(Debug, Default)]
+struct Life {
+    served: bool,
+    /// By itself, not by a signal.
+    exited: bool,
+    ended_well: bool,
+    asked_to_end: bool,
+    is_replaced: bool,
+}
+
+/// One worker, from its start to its end.
+async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Command) -> io::Result<Life> {
+    let mut life = Life::default();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let mut command = Command::from(worker);
+    command.stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
+    let mut child = command.kill_on_drop(true).spawn()?;
+    // Whoever holds the worker's end is the worker alone: its death is heard.
+    drop(command);
+    if let Err(error) = kept.hand_over(&ours, Instant::now() + HANDOVER) {
+        // It died at once, or cannot be spoken to; its own last words say why.
+        tracing::debug!("handing over failed: {error}");
+    }
+    ours.set_nonblocking(true)?;
+    let ours = UnixStream::from_std(ours)?;
+    loop {
+        tokio::select! {
+            status = child.wait() => {
+                // What it said last is still to be heard.
+                while let Ok((said, with)) = hear(&ours) {
+                    life.served |= said == Said::Serving;
+                    kept.take(said, with);
+                }
+                let status = status?;
+                kept.is_warm |= life.served;
+                life.exited = status.code().is_some();
+                life.ended_well = status.success();
+                if !life.exited && !life.asked_to_end {
+                    eprintln!("tender: the daemon was ended by {status}; the next one is started");
+                }
+                return Ok(life);
+            }
+            said = ours.async_io(Interest::READABLE, || hear(&ours)), if !life.has_hung_up() => match said {
+                Ok((Said::Serving, _)) => life.served = true,
+                Ok((Said::Replace, _)) => {
+                    life.is_replaced = true;
+                    kept.is_warm |= life.served;
+                    use std::os::fd::AsFd;
+                    // One that does not take it is dying.
+                    let _ = Said::Retire.send(ours.as_fd(), &[], Instant::now() + HANDOVER);
+                }
+                Ok((said, with)) => kept.take(said, with),
+                // Its end comes next, through `wait`.
+                Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            },
+            () = signals.next() => {
+                life.asked_to_end = true;
+                ask_to_end(&child);
+            }
+        }
+    }
+}
+
+impl Life {
+    /// Nothing that it could still say matters.
+    fn has_hung_up(&self) -> bool {
+        false
+    }
+}
+
+/// One message, if it is there.
+fn hear(socket: &UnixStream) -> io::Result<(Said, Vec<std::os::fd::OwnedFd>)> {
+    use std::os::fd::AsFd;
+    /// A message is sent in one piece.
+    const WHOLE: Duration = Duration::from_millis(100);
+    let mut first = [0];
+    // Nothing there is no wait at all.
+    rustix::net::recv(socket, &mut first, rustix::net::RecvFlags::PEEK | rustix::net::RecvFlags::DONTWAIT)?;
+    Said::receive(socket.as_fd(), Instant::now() + WHOLE)
+}
+
+fn ask_to_end(child: &Child) {
+    let pid = child.id().and_then(|id| i32::try_from(id).ok()).and_then(rustix::process::Pid::from_raw);
+    if let Some(pid) = pid {
+        // It may have ended by itself just now.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+    }
+}
