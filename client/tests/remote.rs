@@ -1,8 +1,10 @@
-//! `Remote` in front of a daemon that is none: the promises of the trait, and every way in which a daemon may fail them.
+//! `Remote` in front of a daemon that is none: the promises of the trait, and every way in which a daemon may fail them. Over gRPC here,
+//! through its local door in `ring`.
 
 #[path = "../../tests/conformance/mod.rs"]
 mod conformance;
 mod fake;
+mod ring;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -168,9 +168,13 @@ impl Links {
         Arc::new(Self { door, doors, attach: terms.attach.clone(), root: terms.root, state: watch::Sender::new(state) })
     }
 
-    /// As wished for at attach.
-    pub(super) fn doors(&self) -> Doors {
-        self.doors
+    /// The door in use, or the one wished for.
+    pub(super) fn door(&self) -> Doors {
+        match &self.state.borrow().link {
+            Some(link) if link.local.is_none() => Doors::Grpc,
+            Some(_) => Doors::Ring,
+            None => self.doors,
+        }
     }
 
     /// The link, at once; or the news that there is none.

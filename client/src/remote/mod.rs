@@ -79,11 +79,7 @@ impl Remote {
     /// The door in use now: a ring is not always to be had, and may come or go with a daemon that is started again. While there is no
     /// daemon, the door that it will be looked for at.
     pub fn door(&self) -> Doors {
-        match self.links.current() {
-            Ok(link) if link.local(0).is_none() => Doors::Grpc,
-            Ok(_) => Doors::Ring,
-            Err(_) => self.links.doors(),
-        }
+        self.links.door()
     }
 
     /// Leaves, and waits a moment (at most a second) until the daemon has heard of it, which a drop does not: what a drop starts ends

@@ -2,6 +2,8 @@
 //!
 //! It runs on a runtime of its own, so that killing it closes every connection at once, as the end of a process does.
 
+pub mod local;
+mod slots;
 mod verbs;
 
 use std::collections::{HashMap, HashSet};
