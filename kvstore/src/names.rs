@@ -53,6 +53,16 @@ impl SlotId {
         Self(segment << PLACE_BITS | place)
     }
 
+    /// As a number, for records.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+
+    /// The slot of that number.
+    pub fn from_number(number: u32) -> Self {
+        Self(number)
+    }
+
     /// Its segment.
     pub fn segment(self) -> u32 {
         self.0 >> PLACE_BITS

@@ -69,7 +69,11 @@ impl Counters {
             ("tender_deadlines_missed_total", "requests answered at their deadline", self.deadlines_missed),
             ("tender_shed_total", "requests shed", self.shed),
             ("tender_purged_blocks_total", "blocks purged", self.purged_blocks),
-            ("tender_recovered_blocks_total", "blocks found on disk at start", self.recovered_blocks),
+            (
+                "tender_recovered_blocks_total",
+                "blocks found at start, on disk and in host memory",
+                self.recovered_blocks,
+            ),
         ]
     }
 }

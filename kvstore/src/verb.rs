@@ -27,7 +27,15 @@ pub enum Verb {
     Detach(AttachmentId),
     /// The process of this attachment writes and reads in place from now on: what it does with it ends with [`Verb::Gone`]. Whose it
     /// is is the attachment's, not the asker's: it proves itself by knowing the number.
-    Join(AttachmentId),
+    Join {
+        /// Under which.
+        attachment: AttachmentId,
+        /// The one that it had before the daemon was restarted, if it had one: it takes its place. The last one whose `Join` was answered.
+        former: Option<AttachmentId>,
+    },
+    /// The process of this attachment still holds these, from before the daemon was restarted. An empty list ends what may come in
+    /// several: what it did not name is released.
+    Confirm(AttachmentId, Vec<Held>),
     /// The process of this attachment is dead, for certain.
     Gone(AttachmentId),
     /// It has left the local door, and says that it holds nothing.
@@ -90,6 +98,19 @@ pub enum Verb {
     Status,
     /// Write back and flush all that can be, for a daemon that is about to stop.
     Drain,
+}
+
+/// What a process says it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The hold.
+    pub hold: Hold,
+    /// In which segment.
+    pub segment: u32,
+    /// At which byte of it.
+    pub offset: u32,
+    /// To fill it, or else to read it.
+    pub is_reservation: bool,
 }
 
 /// What to forget.
@@ -171,7 +192,9 @@ pub enum Reply {
     },
     /// To `Status`.
     Status(Box<crate::status::CoreStatus>),
-    /// To `Detach`, `Abort`, `Release`, `Drain`.
+    /// To `Confirm`: one per hold, whether it still stands.
+    Confirmed(Vec<bool>),
+    /// To `Detach`, `Join`, `Gone`, `Abort`, `Release`, `Drain`.
     Done,
     /// The question cannot be answered.
     Refused(Refusal),

@@ -35,7 +35,7 @@ fn every_world_keeps_its_promises() {
     let threads = std::thread::available_parallelism().map_or(2, usize::from);
     let totals = std::thread::scope(|scope| {
         let worker = || {
-            let mut totals = [0; 9];
+            let mut totals = [0; 13];
             loop {
                 let seed = next.fetch_add(1, Ordering::Relaxed);
                 if seed >= first + count {
@@ -52,23 +52,29 @@ fn every_world_keeps_its_promises() {
                     done.purges,
                     done.survived_blocks,
                     done.kills + done.power_cuts,
+                    done.warm_restarts,
+                    done.cut_steps,
+                    done.warm_blocks,
+                    done.confirmed_holds,
                 ];
                 totals.iter_mut().zip(numbers).for_each(|(total, number)| *total += number);
             }
         };
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
         let sums = workers.into_iter().map(|worker| worker.join().expect("a world failed; see above"));
-        sums.fold([0; 9], |sum, of_worker| std::array::from_fn(|i| sum[i] + of_worker[i]))
+        sums.fold([0; 13], |sum, of_worker| std::array::from_fn(|i| sum[i] + of_worker[i]))
     });
-    let [steps, leased, loaded, committed, evicted, mismatches, purges, survived, crashes] = totals;
+    let [steps, leased, loaded, committed, evicted, mismatches, purges, survived, crashes, warm, cut, found, confirmed] =
+        totals;
     println!(
         "{count} worlds x {operations} operations in {:.1} s: {steps} steps, {leased} blocks leased ({loaded} from disk), \
          {committed} shards committed, {evicted} copies evicted, {mismatches} bad reads found, {purges} purges, {crashes} crashes \
-         survived by {survived} durable blocks",
+         survived by {survived} durable blocks, {warm} restarts of the worker alone ({cut} within a step) that found {found} blocks and \
+         {confirmed} holds",
         start.elapsed().as_secs_f64()
     );
     if count >= SEEDS && operations >= OPERATIONS {
-        let numbers = [loaded, committed, evicted, mismatches, purges, survived, crashes];
+        let numbers = [loaded, committed, evicted, mismatches, purges, survived, crashes, warm, cut, found, confirmed];
         assert!(
             numbers.iter().all(|&number| number > 100),
             "a world in which little happens proves little: {numbers:?}"

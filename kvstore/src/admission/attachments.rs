@@ -20,22 +20,36 @@ pub struct Attachment {
     pub member: String,
     /// It writes and reads in place, and its process is watched.
     is_local: bool,
+    /// It was made before a restart: its process may still use what it held, and asks nothing under this name.
+    is_former: bool,
+    /// The one from before a restart whose place it took.
+    pub former: Option<AttachmentId>,
     used_ms: u64,
+}
+
+/// How a group is named in records: BLAKE3 of its name, first half.
+pub type GroupTag = [u8; 16];
+
+/// The tag of a group's name.
+pub fn group_tag(name: &str) -> GroupTag {
+    let mut tag = [0; 16];
+    tag.copy_from_slice(&blake3::hash(name.as_bytes()).as_bytes()[..16]);
+    tag
 }
 
 #[derive(Debug)]
 struct Group {
     id: GroupId,
     members: usize,
-    /// What its first member said of the model: the others must agree.
-    namespace: Namespace,
+    /// What its first member said of the model: the others must agree. None while all are from before a restart.
+    namespace: Option<Namespace>,
 }
 
 /// All attachments.
 #[derive(Debug, Default)]
 pub struct Attachments {
-    attachments: HashMap<AttachmentId, (Attachment, String)>,
-    groups: HashMap<(TenantId, String), Group>,
+    attachments: HashMap<AttachmentId, (Attachment, GroupTag)>,
+    groups: HashMap<(TenantId, GroupTag), Group>,
     /// Processes that write and read in place, by group.
     local: BTreeMap<(TenantId, GroupId), usize>,
     last_group: u32,
@@ -75,12 +89,13 @@ impl Attachments {
 
     /// Whether a process may join that group under that namespace.
     pub fn may_join(&self, tenant: TenantId, group: &str, namespace: &Namespace) -> Result<(), AttachError> {
-        let own = self.attachments.values().filter(|(attachment, _)| attachment.tenant == tenant).count();
+        let is_own = |attachment: &Attachment| attachment.tenant == tenant && !attachment.is_former;
+        let own = self.attachments.values().filter(|(attachment, _)| is_own(attachment)).count();
         if own >= limits::ATTACHMENTS_MAX / self.tenant_count.max(1) {
             return Err(AttachError::Full(own));
         }
-        let Some(known) = self.groups.get(&(tenant, group.to_owned())) else { return Ok(()) };
-        let theirs = &known.namespace;
+        let known = self.groups.get(&(tenant, group_tag(group)));
+        let Some(theirs) = known.and_then(|known| known.namespace.as_ref()) else { return Ok(()) };
         let fields = [
             ("model", namespace.model.clone(), theirs.model.clone()),
             ("revision", namespace.revision.clone(), theirs.revision.clone()),
@@ -107,21 +122,73 @@ impl Attachments {
         spoken: Namespace,
         now_ms: u64,
     ) {
-        let last = &mut self.last_group;
-        let entry = self.groups.entry((tenant, group.clone())).or_insert_with(|| {
+        let (last, group) = (&mut self.last_group, group_tag(&group));
+        let entry = self.groups.entry((tenant, group)).or_insert_with(|| {
             *last += 1;
-            Group { id: GroupId(*last), members: 0, namespace: spoken }
+            Group { id: GroupId(*last), members: 0, namespace: None }
         });
         entry.members += 1;
-        let attachment = Attachment { tenant, namespace, group: entry.id, member, is_local: false, used_ms: now_ms };
+        entry.namespace.get_or_insert(spoken);
+        let group_id = entry.id;
+        let (is_local, is_former, former) = (false, false, None);
+        let attachment =
+            Attachment { tenant, namespace, group: group_id, member, is_local, is_former, former, used_ms: now_ms };
         self.attachments.insert(id, (attachment, group));
+    }
+
+    /// Adds a process that read and wrote in place before a restart.
+    pub fn recover(
+        &mut self,
+        id: AttachmentId,
+        tenant: TenantId,
+        (group, tag): (GroupId, GroupTag),
+        namespace: NamespaceId,
+        former: Option<AttachmentId>,
+    ) {
+        let entry = self.groups.entry((tenant, tag)).or_insert(Group { id: group, members: 0, namespace: None });
+        entry.members += 1;
+        let (member, is_local, is_former) = (String::new(), true, true);
+        let attachment = Attachment { tenant, namespace, group, member, is_local, is_former, former, used_ms: 0 };
+        self.attachments.insert(id, (attachment, tag));
+        *self.local.entry((tenant, group)).or_default() += 1;
+    }
+
+    /// Numbers of groups up to this one are in use already.
+    pub fn groups_from(&mut self, group: GroupId) {
+        self.last_group = self.last_group.max(group.0);
+    }
+
+    /// The attachments whose place another of the same group takes: the one that it names, and those that took its place before a restart
+    /// and never heard so.
+    pub fn formers(&self, id: AttachmentId, former: AttachmentId) -> Vec<AttachmentId> {
+        let Some((new, tag)) = self.attachments.get(&id) else { return Vec::new() };
+        let is_one = |other: &AttachmentId, attachment: &Attachment| {
+            let is_named = *other == former || attachment.is_former && attachment.former == Some(former);
+            *other != id
+                && attachment.is_local
+                && is_named
+                && attachment.tenant == new.tenant
+                && attachment.group == new.group
+        };
+        let found = self
+            .attachments
+            .iter()
+            .filter(|(other, (attachment, other_tag))| is_one(other, attachment) && other_tag == tag);
+        let mut found: Vec<AttachmentId> = found.map(|(other, _)| *other).collect();
+        found.sort_unstable();
+        found
+    }
+
+    /// What is recorded of an attachment: itself and the tag of its group.
+    pub fn recorded(&self, id: AttachmentId) -> Option<(&Attachment, GroupTag)> {
+        self.attachments.get(&id).map(|(attachment, tag)| (attachment, *tag))
     }
 
     /// The attachment of that name, if it is the tenant's; it counts as used.
     pub fn get(&mut self, id: AttachmentId, tenant: TenantId, now_ms: u64) -> Option<&Attachment> {
         let (attachment, _) = self.attachments.get_mut(&id)?;
         attachment.used_ms = now_ms;
-        (attachment.tenant == tenant).then_some(attachment)
+        (attachment.tenant == tenant && !attachment.is_former).then_some(attachment)
     }
 
     /// Whether anybody is attached to a namespace.
@@ -139,12 +206,13 @@ impl Attachments {
         self.attachments.get(&id).map(|(attachment, _)| attachment)
     }
 
-    /// An attachment is of a process that writes and reads in place, which it was not before.
-    pub fn make_local(&mut self, id: AttachmentId) -> bool {
+    /// An attachment is of a process that writes and reads in place, which it was not before, and did so under a former one if it names
+    /// that.
+    pub fn make_local(&mut self, id: AttachmentId, former: Option<AttachmentId>) -> bool {
         let Some((attachment, _)) = self.attachments.get_mut(&id).filter(|(attachment, _)| !attachment.is_local) else {
             return false;
         };
-        attachment.is_local = true;
+        (attachment.is_local, attachment.former) = (true, former);
         *self.local.entry((attachment.tenant, attachment.group)).or_default() += 1;
         true
     }
@@ -160,6 +228,21 @@ impl Attachments {
         let (tenant, group) = (attachment.tenant, attachment.group);
         self.remove(id);
         Some((group, !self.local.contains_key(&(tenant, group))))
+    }
+
+    /// Whether any process of a group writes and reads in place.
+    pub fn is_local_group(&self, tenant: TenantId, group: GroupId) -> bool {
+        self.local.contains_key(&(tenant, group))
+    }
+
+    /// Whether any process of that group writes and reads in place, whosever it is.
+    pub fn has_local(&self, group: GroupId) -> bool {
+        self.local.keys().any(|(_, local)| *local == group)
+    }
+
+    /// The group of an attachment.
+    pub fn group(&self, id: AttachmentId) -> Option<GroupId> {
+        self.attachments.get(&id).map(|(attachment, _)| attachment.group)
     }
 
     /// How many write and read in place.

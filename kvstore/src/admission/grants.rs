@@ -2,7 +2,7 @@
 //! that was guessed, does nothing; so does giving back another group's.
 
 use crate::limits;
-use crate::names::{By, Hold, Holder, SlotId};
+use crate::names::{AttachmentId, By, Hold, Holder, SlotId};
 
 /// What a hold gives the right to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +54,31 @@ impl Grants {
         Some(Hold { place, generation: entry.generation })
     }
 
+    /// A place as it was before a restart: its name does not come again. `None` for what has ended. [`Grants::reopen`] follows.
+    pub fn restore(&mut self, hold: Hold, grant: Option<Grant>) {
+        let place = hold.place as usize;
+        if self.entries.len() <= place {
+            self.entries.resize(place + 1, Entry { generation: 0, grant: None });
+        }
+        self.entries[place] = Entry { generation: hold.generation, grant };
+    }
+
+    /// Everything is restored: the places of what has ended may be used again.
+    pub fn reopen(&mut self) {
+        let places = (0..self.entries.len() as u32).rev();
+        self.free = places.filter(|&place| self.entries[place as usize].grant.is_none()).collect();
+    }
+
+    /// Another member of the group has a hold from now on.
+    pub fn hand_over(&mut self, hold: Hold, attachment: AttachmentId) {
+        if let Some(entry) = self.entries.get_mut(hold.place as usize)
+            && entry.generation == hold.generation
+            && let Some(grant) = &mut entry.grant
+        {
+            grant.holder.attachment = attachment;
+        }
+    }
+
     /// Whether so many more would fit.
     pub fn has_room(&self, count: usize) -> bool {
         self.free.len() + limits::GRANTS_MAX - self.entries.len() >= count
@@ -93,7 +118,7 @@ impl Grants {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::names::{AttachmentId, Door, GroupId};
+    use crate::names::{Door, GroupId};
 
     fn grant(group: u32, right: Right) -> Grant {
         let holder = Holder { group: GroupId(group), attachment: AttachmentId(7), door: Door::Stream };

@@ -328,20 +328,26 @@ impl Arena {
         payload.chunks(FRAGMENT_BYTES).map(fragment_sum).collect()
     }
 
-    /// Copies the first `payload_bytes` of an extent of ingest memory into one of the daemon's, whose rest becomes zeros. Returns the sums
-    /// of the fragments of what was copied, whatever the client writes meanwhile: whether those are the sums expected decides whether the
-    /// copy is right.
+    /// Copies the first `payload_bytes` of an extent, mostly of ingest memory, into another of the daemon's, whose rest becomes zeros.
+    /// Returns the sums of the fragments of what was copied, whatever a client writes meanwhile: whether those are the sums expected
+    /// decides whether the copy is right.
     ///
     /// # Panics
-    /// When `from` is none of ingest memory, or its place is empty.
+    /// When `from` is of an empty ingest place, or both are the same.
     pub fn promote(&self, from: Extent, to: Extent, payload_bytes: usize) -> Vec<u64> {
-        let memory = self.ingest_memory(from.segment);
+        let is_ingest = self.is_ingest(from.segment);
+        let memory = if is_ingest { self.ingest_memory(from.segment) } else { self.segment(from.segment) };
         let source = within(&memory, from, 0, payload_bytes);
         let shared = self.segment(to.segment);
         let target = within(&shared, to, 0, payload_bytes);
+        let (from_end, to_end) = (from.offset + from.bytes, to.offset + to.bytes);
+        assert!(
+            from.segment != to.segment || from_end <= to.offset || to_end <= from.offset,
+            "{from:?} and {to:?} overlap: a block is copied to another slot"
+        );
         // SAFETY: `within` has checked that all of both lies in mappings, which are live as long as `memory` and `shared`. Nobody in this
-        // process can write to the first; the caller holds the reservation of the other, so nobody else reads or writes it. They are
-        // mappings of different files and cannot overlap.
+        // process writes to the first, of which the caller holds a lease; it holds the reservation of the other, so nobody else reads or
+        // writes it. They are different segments, or were just found not to overlap.
         let sums = unsafe { copy_with_sums(source, target, payload_bytes) };
         self.zero_from(to, payload_bytes);
         sums

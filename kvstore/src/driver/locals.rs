@@ -126,7 +126,7 @@ impl Locals {
                         continue;
                     }
                 };
-                match ring::request(*member, &taken.submission, &self.bytes) {
+                match ring::request(*member, &taken.submission, &self.bytes, &self.mappings) {
                     Ok((verb, asked)) => {
                         let open = Open { attachment, ticket: taken.ticket, asked };
                         requests.push(Taken { verb, deadline_ms: taken.submission.deadline_ms, open });

@@ -148,8 +148,8 @@ pub enum Input {
     Ready(u32),
     /// An ingest segment is there, under that name, or could not be made.
     IngestMade(u32, Option<u32>),
-    /// A process comes to the local door, through the connection of that number.
-    Join(u64, Box<Local>),
+    /// A process comes to the local door, through the connection of that number; it may have been another attachment before.
+    Join(u64, Option<AttachmentId>, Box<Local>),
     /// A process is dead.
     Gone(AttachmentId),
     /// A process has left the local door.
@@ -415,9 +415,13 @@ impl Driver {
                 }
                 Event::IngestMade { segment, made: mapping.is_some() }
             }
-            Input::Join(connection, local) => {
+            Input::Join(connection, former, local) => {
+                // Its old ring, if it has one still, is used no more.
+                if let Some(former) = former {
+                    self.locals.close(former, &self.sleeper);
+                }
                 let id = RequestId(self.last_request.fetch_add(1, Ordering::Relaxed) + 1);
-                let verb = Verb::Join(local.member.attachment);
+                let verb = Verb::Join { attachment: local.member.attachment, former };
                 self.responders.insert(id, Responder::Join(connection, local));
                 Event::Request(Request { id, tenant: TenantId(0), deadline_ms: 0, verb })
             }

@@ -35,6 +35,17 @@ impl Mappings {
         self.ingest[(segment - self.shared_count) as usize] = mapping;
     }
 
+    /// The segment that a place in a file belongs to, and where in it; a segment that does not exist for a file that is not known.
+    fn find(&self, mapping: u32, offset_bytes: u64) -> (u32, u32) {
+        if mapping == SHARED_MAPPING {
+            let segment = u32::try_from(offset_bytes / self.segment_bytes).unwrap_or(u32::MAX);
+            return (segment, (offset_bytes % self.segment_bytes) as u32);
+        }
+        let at = self.ingest.iter().position(|other| *other == mapping);
+        let segment = at.map_or(u32::MAX, |at| self.shared_count + at as u32);
+        (segment, u32::try_from(offset_bytes).unwrap_or(u32::MAX))
+    }
+
     /// The file that an extent lies in, and where.
     fn place(&self, extent: memory::Extent) -> (u32, u64) {
         let offset = u64::from(extent.offset);
@@ -59,7 +70,12 @@ pub struct Member {
 }
 
 /// A request, and what its reply must fit; or the reply, where it means nothing.
-pub fn request(member: Member, submission: &Submission, bytes: &[u8]) -> Result<(Verb, Asked), door::Reply> {
+pub fn request(
+    member: Member,
+    submission: &Submission,
+    bytes: &[u8],
+    mappings: &Mappings,
+) -> Result<(Verb, Asked), door::Reply> {
     let request = door::Request::decode(submission.verb, bytes);
     let request = request.map_err(|error| door::Reply::Malformed(error.to_string()))?;
     if submission.attachment != member.attachment.0 {
@@ -93,8 +109,14 @@ pub fn request(member: Member, submission: &Submission, bytes: &[u8]) -> Result<
         door::Request::Durable(keys) => Verb::Durable(attachment, keys.into_owned()),
         door::Request::Purge(keys) => Verb::Purge(attachment, PurgeWhat::Keys(keys.into_owned())),
         door::Request::PurgeNamespace => Verb::Purge(attachment, PurgeWhat::Namespace),
-        // Nothing from before this daemon's start is held: the host tier ended with the one before.
-        door::Request::Confirm(held) => return Err(door::Reply::Confirmed(Bitmap::from_bytes(Vec::new(), held.len()))),
+        door::Request::Confirm(held) => {
+            let held = held.iter().map(|held| {
+                let (segment, offset) = mappings.find(held.segment, held.offset_bytes);
+                let is_reservation = held.kind == door::HoldKind::Reservation;
+                verb::Held { hold: name(held.hold), segment, offset, is_reservation }
+            });
+            Verb::Confirm(attachment, held.collect())
+        }
     };
     Ok((verb, asked))
 }
@@ -129,6 +151,7 @@ pub fn reply(member: Member, asked: Asked, reply: Reply, mappings: &Mappings) ->
         }
         Reply::Durable(durable) => door::Reply::Durable(durable.into_iter().collect()),
         Reply::Purged { purged_blocks, busy_blocks } => door::Reply::Purged { purged_blocks, busy_blocks },
+        Reply::Confirmed(confirmed) => door::Reply::Confirmed(confirmed.into_iter().collect()),
         Reply::Done => door::Reply::Done,
         Reply::Refused(verb::Refusal { kind, message }) => match kind {
             RefusalKind::Invalid => door::Reply::Refused { kind: door::RefusalKind::Invalid, message },

@@ -64,9 +64,9 @@ pub enum NamespaceError {
         /// Layout as asked for.
         our_layout: String,
     },
-    /// What was found on disk has another layout.
+    /// What was found at the start has another layout.
     #[error(
-        "layout disagrees: on disk are {blocks} blocks of this namespace (model `{model}`) in another layout than this one (blocks of \
+        "layout disagrees: found at the start were {blocks} blocks of this namespace (model `{model}`) in another layout than this one (blocks of \
          {ours} bytes); attach with theirs, or put what differs into namespace.revision"
     )]
     FoundLayoutDiffers {
@@ -119,6 +119,10 @@ impl Namespaces {
         let owner = (!namespace.public).then_some(tenant);
         let id = self.find_or_add(owner, tenant, root.tag())?;
         let record = self.get_mut(id);
+        let found = record.found_layout;
+        let differs = found != Some(layout.fingerprint());
+        // Somebody from before a restart may still fill blocks of it.
+        let is_held = found.is_some() && is_attached(id);
         match &record.known {
             Some(known) if known.layout != layout && (record.blocks > 0 || is_attached(id)) => {
                 Err(NamespaceError::LayoutDiffers {
@@ -130,13 +134,11 @@ impl Namespaces {
                 })
             }
             Some(known) if known.layout == layout => Ok((id, false)),
-            None if record.blocks > 0 && record.found_layout != Some(layout.fingerprint()) => {
-                Err(NamespaceError::FoundLayoutDiffers {
-                    model: namespace.model,
-                    blocks: record.blocks,
-                    ours: layout.block_bytes(),
-                })
-            }
+            None if differs && (record.blocks > 0 || is_held) => Err(NamespaceError::FoundLayoutDiffers {
+                model: namespace.model,
+                blocks: record.blocks,
+                ours: layout.block_bytes(),
+            }),
             // Nobody has a block of it, or is attached to it, in the shape that was agreed on before.
             _ => {
                 record.known = Some(Known { namespace, root, layout, fingerprint: layout.fingerprint() });

@@ -89,8 +89,9 @@ impl Core {
         }))
     }
 
-    /// The process of an attachment comes to the local door. Whoever knows its number is that process.
-    pub(super) fn join(&mut self, attachment: AttachmentId) -> Reply {
+    /// The process of an attachment comes to the local door, and has what it had under its former attachment. Whoever knows its number is
+    /// that process.
+    pub(super) fn join(&mut self, attachment: AttachmentId, former: Option<AttachmentId>) -> Reply {
         let Some(attached) = self.attachments.peek(attachment) else { return Self::unattached(attachment) };
         let (tenant, group, namespace) = (attached.tenant, attached.group, attached.namespace);
         // It would have to read in place what belongs to other tenants, and with it their other blocks.
@@ -105,9 +106,17 @@ impl Core {
                 format!("this tenant has {most} processes at the local door, and no more fit; use gRPC meanwhile");
             return Reply::refused(RefusalKind::Busy, message);
         }
-        if !self.attachments.make_local(attachment) {
+        if !self.attachments.make_local(attachment, former) {
             let message = "this attachment has come to the local door already; attach once for each process";
             return Reply::refused(RefusalKind::Contradiction, message);
+        }
+        if !self.record_member(attachment) {
+            self.attachments.leave(attachment, tenant);
+            let message = "the records of local processes are full; end some, or use gRPC meanwhile";
+            return Reply::refused(RefusalKind::Busy, message);
+        }
+        for former in former.map(|former| self.attachments.formers(attachment, former)).unwrap_or_default() {
+            self.take_over(former, attachment);
         }
         Reply::Joined { tenant, group }
     }

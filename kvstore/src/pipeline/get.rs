@@ -147,7 +147,7 @@ impl Core {
         share.saturating_sub(self.leased_bytes.get(&holder.group).copied().unwrap_or(0))
     }
 
-    fn charge_lease(&mut self, holder: Holder, slot: SlotId) {
+    pub(super) fn charge_lease(&mut self, holder: Holder, slot: SlotId) {
         if holder.door == Door::Ring {
             *self.leased_bytes.entry(holder.group).or_default() += u64::from(self.host.tier.slab.slot_bytes(slot));
         }
@@ -178,6 +178,7 @@ impl Core {
             self.charge_lease(holder, slot);
             let grant = Grant { slot, right: Right::Lease, holder };
             let hold = self.grants.grant(grant).expect("there is room for all");
+            self.record_grant(hold, grant);
             let extent = self.host.extent(slot);
             let record = self.host.tier.slab.slot(slot);
             let shard = shard_of(record.shard_index, record.shard_count);
@@ -190,7 +191,7 @@ impl Core {
     pub(super) fn release(&mut self, by: By, holds: &[Hold]) {
         // From the end of the run, so that each block finds those after it idle again, and is no leaf in between.
         for &hold in holds.iter().rev() {
-            if let Some(Grant { slot, holder, .. }) = self.grants.end(hold, Right::Lease, by) {
+            if let Some(Grant { slot, holder, .. }) = self.end_grant(hold, Right::Lease, by) {
                 self.discharge_lease(holder, slot);
                 self.leased_slots -= 1;
                 self.unread(Place::Host, slot);

@@ -18,6 +18,7 @@ use super::{Action, Actions, Core, Job};
 use crate::admission::grants::Right;
 use crate::limits;
 use crate::names::{AttachmentId, By, GroupId, Hold, NodeId, Place, RequestId, SlotId};
+use crate::tier::host::records::SlotUse;
 use crate::tier::slab::{Owner, ShelfId, SlotState};
 use crate::transfer::lanes::Lane;
 use crate::transfer::{Expected, Outcome};
@@ -158,7 +159,10 @@ impl Core {
         self.room_made = true;
         let tenant = self.attachments.peek(writer).map(|attachment| attachment.tenant);
         match (made, tenant.filter(|_| self.attachments.is_local(writer))) {
-            (true, Some(tenant)) => self.host.tier.slab.ingest_ready(segment, tenant, writer),
+            (true, Some(tenant)) => {
+                self.host.tier.slab.ingest_ready(segment, tenant, writer);
+                self.record_ready(segment);
+            }
             (true, None) => self.ingest.dropped.push(segment),
             (false, _) => {
                 self.ingest.unable.insert(writer, self.now_ms + UNABLE_MS);
@@ -251,15 +255,28 @@ impl Core {
         }
     }
 
+    /// Promotions that found no room try again: a segment that was left alone for a while may be drained now.
+    pub(super) fn retry_promotions(&mut self) {
+        self.ingest.is_blocked = false;
+    }
+
     fn begin_promotion(&mut self, node: NodeId, actions: &mut Actions) -> bool {
         let Some(first) = self.index.node(node).copy(Place::Host) else { return false };
-        // Shards that came over gRPC are where they are to be.
-        let slab = &self.host.tier.slab;
-        let from: Vec<SlotId> = slab.chain(first).filter(|&slot| slab.is_ingest(slot)).collect();
+        // Its copy on disk is being looked at: one of the two at a time fills slots for it.
+        if self.loads.contains_key(&node) {
+            return false;
+        }
+        // All of them: shards that came over gRPC lie in shared memory already, but a copy is made as one.
+        let from: Vec<SlotId> = self.host.tier.slab.chain(first).collect();
         // Being read protects the copy from the search for victims that follows, and until it has been copied.
         for &slot in &from {
             self.read(Place::Host, slot);
         }
+        let slab = &self.host.tier.slab;
+        let tenant = slab.owner(slab.shelf_of(first)).tenant;
+        let bytes = from.iter().map(|&slot| u64::from(slab.slot_bytes(slot))).sum();
+        // One block at a time may be there twice beyond the quota: a quota of less than two blocks would keep it where it is for ever.
+        self.host.tier.copy_within((self.ingest.in_flight == 0).then_some((tenant, bytes)));
         let mut to: Vec<SlotId> = Vec::new();
         for &slot in &from {
             let slab = &self.host.tier.slab;
@@ -270,6 +287,7 @@ impl Core {
                 Err(_) => break,
             }
         }
+        self.host.tier.copy_within(None);
         // Making room may have cost the block itself, if it was dead.
         let is_lost = !self.ingest.promotions.contains_key(&node);
         if to.len() < from.len() || is_lost {
@@ -287,6 +305,7 @@ impl Core {
         for (&slot, next) in to.iter().zip(to.iter().skip(1).chain([&SlotId::NONE])) {
             self.host.tier.slab.slot_mut(slot).next = *next;
         }
+        self.record_use(&to, SlotUse::Copying);
         self.index.set_filling(node, to[0]);
         for (&from, &to) in from.iter().zip(&to) {
             let expected = self.expected(node, from);
@@ -304,12 +323,11 @@ impl Core {
     fn expected(&self, node: NodeId, slot: SlotId) -> Expected {
         let record = self.host.tier.slab.slot(slot);
         let shard = shard_of(record.shard_index, record.shard_count);
-        let known = self.index.namespaces.get(self.index.node(node).namespace).known.as_ref();
-        let known = known.expect("what was put has a layout");
+        let shape = self.shape(node, record.shard_count).expect("what was put has a layout");
         Expected {
-            seed: sum::seed(&self.index.node(node).key, shard, known.fingerprint),
+            seed: sum::seed(&self.index.node(node).key, shard, shape.layout),
             root: record.root,
-            payload_bytes: known.layout.shard_bytes(shard.count) as u32,
+            payload_bytes: shape.payload_bytes,
         }
     }
 
@@ -358,6 +376,7 @@ impl Core {
         }
         for &(_, to) in &promotion.slots {
             self.host.tier.slab.slot_mut(to).state = SlotState::Resident;
+            self.record_resident(to);
         }
         self.move_copy(node, &promotion.slots);
         for (request, at) in promotion.waiters {
@@ -376,15 +395,8 @@ impl Core {
 
     /// The block is read from its shared slots from now on; who still reads the others gives them back.
     fn move_copy(&mut self, node: NodeId, slots: &[(SlotId, SlotId)]) {
-        let slab = &mut self.host.tier.slab;
-        let old = self.index.node(node).copy(Place::Host).expect("a copy that is moved is there");
-        let moved = |slot: SlotId| slots.iter().find(|(from, _)| *from == slot).map_or(slot, |(_, to)| *to);
-        let chain: Vec<SlotId> = slab.chain(old).map(moved).collect();
-        for (&slot, next) in chain.iter().zip(chain.iter().skip(1).chain([&SlotId::NONE])) {
-            slab.slot_mut(slot).next = *next;
-        }
-        let first = chain[0];
-        let shelf = slab.shelf_of(first);
+        let first = slots[0].1;
+        let shelf = self.host.tier.slab.shelf_of(first);
         for &(from, _) in slots {
             let record = self.host.tier.slab.slot_mut(from);
             record.node = NodeId::NONE;
@@ -426,6 +438,13 @@ impl Core {
                 Right::Lease => self.release(By::Daemon, &[hold]),
             }
         }
+        self.give_up_segments(attachment, is_dead);
+        self.forget_member(attachment);
+        self.end_unclaimed(group);
+    }
+
+    /// The segments of a client that is gone, or that has others now, are given up once their blocks have been copied out.
+    pub(super) fn give_up_segments(&mut self, attachment: AttachmentId, is_dead: bool) {
         let slab = &self.host.tier.slab;
         let shelves: Vec<ShelfId> =
             slab.shelves().filter(|(_, owner)| owner.writer == Some(attachment)).map(|(shelf, _)| shelf).collect();
@@ -449,8 +468,9 @@ impl Core {
             }
             self.host.tier.slab.give_up(shelf);
         }
-        let unused = self.host.tier.slab.retire_free_of(attachment);
-        self.ingest.dropped.extend(unused);
+        for segment in self.host.tier.slab.retire_free_of(attachment) {
+            self.segment_retired(Place::Host, segment);
+        }
         self.ingest.unable.remove(&attachment);
     }
 }

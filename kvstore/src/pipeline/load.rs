@@ -6,6 +6,7 @@ use super::{Action, Actions, Core, Job};
 use crate::completion::Load;
 use crate::limits;
 use crate::names::{GroupId, NodeId, Place, RequestId, SlotId};
+use crate::tier::host::records::SlotUse;
 use crate::tier::slab::{Owner, SlotState};
 use crate::transfer::lanes::Lane;
 use crate::transfer::{Expected, Outcome, Transfer};
@@ -32,7 +33,8 @@ impl Core {
             }
             return Ok(());
         }
-        if self.loads.len() >= limits::LOADS_MAX {
+        // A copy that was given up meanwhile ends first: its slots are the block's filling.
+        if self.loads.len() >= limits::LOADS_MAX || self.ingest.is_copying(node) {
             return Err(());
         }
         let parts = self.load_slots(node)?;
@@ -78,6 +80,7 @@ impl Core {
         for (&slot, next) in host_slots.iter().zip(host_slots.iter().skip(1).chain([&SlotId::NONE])) {
             self.host.tier.slab.slot_mut(slot).next = *next;
         }
+        self.record_use(&host_slots, SlotUse::Loading);
         self.index.set_filling(node, host_slots[0]);
         Ok(disk_slots.into_iter().zip(host_slots).collect())
     }
@@ -161,9 +164,11 @@ impl Core {
         let load = self.loads.remove(&node).expect("it just ended");
         let slots: Vec<SlotId> = self.host.tier.slab.chain(self.index.node(node).filling).collect();
         let ok = !load.failed && !load.cancelled;
-        if ok {
+        // Of a block that is in host memory, since before a restart, it was only asked whether the copy on disk is what was written.
+        if ok && self.index.node(node).copy(Place::Host).is_none() {
             for &slot in &slots {
                 self.host.tier.slab.slot_mut(slot).state = SlotState::Resident;
+                self.record_resident(slot);
             }
             let shelf = self.host.tier.slab.shelf_of(slots[0]);
             let block_bytes = self.block_bytes(node);

@@ -9,6 +9,8 @@
 //! prepare.rs  segments of host memory: for whom each is prepared
 //! write.rs    host to disk: write-back, directory, durability                 purge.rs    forgetting
 //! recover.rs  what a directory said at start                                  report.rs   status, residency, invariants
+//! warm.rs     what the records of host memory said at start, and who still holds what from then
+//! record.rs   keeping those records
 //! ```
 //! Long work (draining a segment, purging a namespace, a drain before the end) is done a thousand blocks at a time: the core asks for
 //! [`Event::Continue`] until it is through, and takes other events in between.
@@ -20,9 +22,11 @@ mod load;
 mod prepare;
 mod purge;
 mod put;
+mod record;
 mod recover;
 mod report;
 mod room;
+mod warm;
 mod write;
 
 use std::collections::{BTreeMap, HashMap};
@@ -32,6 +36,7 @@ use tender_proto::TenantSalt;
 use self::ingest::Ingest;
 use self::prepare::Preparation;
 use self::put::Partials;
+use self::warm::Limbo;
 use crate::admission::attachments::Attachments;
 use crate::admission::grants::Grants;
 use crate::admission::worth::Worth;
@@ -64,6 +69,10 @@ pub enum Event {
         /// Whether it is there.
         made: bool,
     },
+    /// The lock of the tier files is had: no request of a former worker is on its way any more.
+    DiskLocked,
+    /// The same, and the disk that the core waits for ([`Core::await_disk`]) is there, with what its files held.
+    DiskJoined(Vec<RecoveredFile>),
     /// The core asked to go on.
     Continue,
     /// Time has passed: deadlines, the directory, attachments.
@@ -214,6 +223,8 @@ pub struct Core {
     pending: Pending,
     /// Incomplete blocks.
     partials: Partials,
+    /// What is held from before a restart.
+    limbo: Limbo,
     /// Segments of the arena that are to be prepared.
     preparation: Preparation,
     draining: [Option<Draining>; 2],
@@ -267,6 +278,7 @@ impl Core {
             leased_bytes: HashMap::new(),
             pending: Pending::default(),
             partials: Partials::default(),
+            limbo: Limbo::default(),
             preparation: Preparation::new(config.host_segment_count, config.tenants.len()),
             draining: [None; 2],
             stuck: Default::default(),
@@ -288,9 +300,15 @@ impl Core {
             Event::TransferDone(transfer, outcome) => self.transfer_done(transfer, outcome, actions),
             Event::SegmentReady(segment) => {
                 self.segment_ready(segment);
+                self.record_ready(segment);
                 self.room_made = true;
             }
             Event::IngestMade { segment, made } => self.ingest_made(segment, made),
+            Event::DiskLocked => self.disk_locked(),
+            Event::DiskJoined(files) => {
+                self.disk_locked();
+                actions.extend(self.recover(files).into_iter().map(Action::Warn));
+            }
             Event::Continue => self.go_on(actions),
             Event::Tick => self.tick(actions),
         }
@@ -312,7 +330,8 @@ impl Core {
                 }
                 Some(Reply::Done)
             }
-            Verb::Join(attachment) => Some(self.join(attachment)),
+            Verb::Join { attachment, former } => Some(self.join(attachment, former)),
+            Verb::Confirm(attachment, held) => Some(self.confirm(tenant, attachment, &held)),
             Verb::Gone(attachment) => {
                 self.member_gone(attachment, true);
                 Some(Reply::Done)
@@ -364,6 +383,7 @@ impl Core {
         self.give_up_partial();
         self.attachments.expire(self.now_ms);
         self.tell_prefetches(actions);
+        self.retry_promotions();
         self.go_on(actions);
     }
 

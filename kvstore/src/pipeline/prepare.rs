@@ -54,6 +54,17 @@ impl Preparation {
         }
     }
 
+    /// Nothing is to be prepared, before what a former worker left is looked at.
+    pub(super) fn clear(&mut self) {
+        self.rest.clear();
+    }
+
+    /// A segment that has no owner is to be prepared for the tenant whose turn it is.
+    pub(super) fn deal_out(&mut self, segment: u32, tenant_count: usize, used: bool) {
+        let tenant = TenantId((self.rest.len() % tenant_count.max(1)) as u16);
+        self.rest.push_back(ToPrepare { segment, tenant, used, is_wanted: false });
+    }
+
     /// A segment that is retired is to be prepared for a tenant before the rest of the arena.
     pub(super) fn want(&mut self, segment: u32, tenant: TenantId, used: bool) {
         self.wanted.push_back(ToPrepare { segment, tenant, used, is_wanted: true });

@@ -6,7 +6,7 @@ use super::{Action, Actions, Core};
 use crate::completion::{PurgeWait, Waiting};
 use crate::limits;
 use crate::names::{AttachmentId, NodeId, Place, RequestId, SlotId, TenantId};
-use crate::verb::{PurgeWhat, Reply};
+use crate::verb::{PurgeWhat, RefusalKind, Reply};
 
 impl Core {
     pub(super) fn purge(
@@ -20,6 +20,11 @@ impl Core {
         let Some(under) = self.under(tenant, attachment) else { return Some(Self::unattached(attachment)) };
         if !self.pending.has_room() {
             return Some(self.busy());
+        }
+        if self.disk.as_ref().is_some_and(|disk| disk.is_awaited()) {
+            let message =
+                "the disk tier is still being opened, and what it holds could not be purged; purge again later";
+            return Some(Reply::refused(RefusalKind::Busy, message));
         }
         let mut wait = PurgeWait::default();
         match what {

@@ -142,10 +142,13 @@ impl Core {
         match granted {
             Ok(slot) => {
                 self.reserved_slots += 1;
-                self.host.tier.slab.slot_mut(slot).next = self.index.node(node).filling;
+                let first = self.index.node(node).filling;
+                self.record_filling(slot, first);
+                self.host.tier.slab.slot_mut(slot).next = first;
                 self.index.set_filling(node, slot);
                 let grant = Grant { slot, right: Right::Reservation, holder: under.holder };
                 let hold = self.grants.grant(grant).expect("there is room for one");
+                self.record_grant(hold, grant);
                 ReserveOutcome::Granted { hold, extent: self.host.extent(slot) }
             }
             Err(refused) => {
@@ -177,21 +180,27 @@ impl Core {
             self.abort(by, &[filled.hold]);
             return CommitOutcome::Gone;
         }
-        self.grants.end(filled.hold, Right::Reservation, by);
+        self.end_grant(filled.hold, Right::Reservation, by);
         let (node, shard) = (record.node, shard_of(record.shard_index, record.shard_count));
         let seed = sum::seed(&self.index.node(node).key, shard, under.fingerprint);
         self.host.set_sums(slot, &filled.sums);
         let record = self.host.tier.slab.slot_mut(slot);
         record.root = sum::root(seed, &filled.sums);
         record.state = SlotState::Resident;
+        self.record_resident(slot);
         self.reserved_slots -= 1;
         self.counters.put_blocks += 1;
         self.counters.put_bytes += u64::from(self.host.tier.slab.slot_bytes(slot));
         if !self.publish_if_whole(node) {
-            self.partials.insert(node, self.now_ms + PARTIAL_MS, slot);
+            self.keep_partial(node, slot);
             return CommitOutcome::ShardStored;
         }
         CommitOutcome::Stored
+    }
+
+    /// A shard of a block is there, and others are not: they may come for a while.
+    pub(super) fn keep_partial(&mut self, node: NodeId, slot: SlotId) {
+        self.partials.insert(node, self.now_ms + PARTIAL_MS, slot);
     }
 
     fn publish_if_whole(&mut self, node: NodeId) -> bool {
@@ -224,7 +233,7 @@ impl Core {
 
     pub(super) fn abort(&mut self, by: By, holds: &[Hold]) {
         for &hold in holds {
-            let Some(Grant { slot, .. }) = self.grants.end(hold, Right::Reservation, by) else { continue };
+            let Some(Grant { slot, .. }) = self.end_grant(hold, Right::Reservation, by) else { continue };
             let record = self.host.tier.slab.slot(slot);
             let (node, doomed) = (record.node, record.doomed);
             self.reserved_slots -= 1;
@@ -256,7 +265,10 @@ impl Core {
         for slot in slots {
             let record = self.host.tier.slab.slot_mut(slot);
             match record.state {
-                SlotState::Filling => record.doomed = true,
+                SlotState::Filling => {
+                    record.doomed = true;
+                    self.record_doomed(slot);
+                }
                 _ => self.give_back(Place::Host, slot),
             }
         }

@@ -27,10 +27,12 @@ const RESTART_GAP: u64 = 1 << 32;
 type Copies = BTreeMap<(u64, NamespaceId, BlockKey), Vec<(SlotId, Entry)>>;
 
 impl Core {
-    /// Takes over what the files held; must be the first thing that happens to a core with a disk. Returns what a person should know.
+    /// Takes over what the files held; must be the first thing that happens to a core with a disk, besides [`Core::recover_host`], unless
+    /// it awaits it. Returns what a person should know.
     pub fn recover(&mut self, files: Vec<RecoveredFile>) -> Vec<String> {
         let mut warnings = Vec::new();
         let Some(disk) = &mut self.disk else { return warnings };
+        disk.joined();
         let file_count = disk.file_count;
         for counter in files.iter().map(|file| file.counter) {
             disk.directory.count_from(counter.saturating_add(RESTART_GAP));
@@ -120,5 +122,11 @@ impl Core {
         let block_bytes = slots.iter().map(|(_, entry)| entry.payload_bytes).sum();
         self.index.publish(node, Place::Disk, slots[0].0, shelf, block_bytes, self.now_ms);
         self.counters.recovered_blocks += 1;
+        let record = self.index.node(node);
+        let is_put = record.filling != SlotId::NONE && record.copy(Place::Host).is_none();
+        if is_put && !self.ingest.is_copying(node) {
+            // Somebody puts it anew, who did not find it while the disk was awaited: this one may have been promised to last.
+            self.drop_filling(node);
+        }
     }
 }

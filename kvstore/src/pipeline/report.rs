@@ -27,7 +27,7 @@ impl Core {
         if let Some(layout) = self.layout(node) {
             return layout.block_bytes() as u32;
         }
-        let Some(first) = self.index.node(node).copy(Place::Disk) else { return 0 };
+        let Some(first) = self.index.node(node).copy(Place::Disk) else { return self.recorded_bytes(node) };
         self.disk().tier.slab.chain(first).map(|slot| self.disk().note(slot).payload_bytes).sum()
     }
 
@@ -153,6 +153,7 @@ impl Core {
             }
         }
         assert_eq!(leased, self.leased_bytes, "what is leased in place is charged to its group");
+        self.check_records();
         self.index.check(|place, slot| self.slab(place).shelf_of(slot));
         for place in [Place::Host, Place::Disk] {
             if place == Place::Disk && self.disk.is_none() {

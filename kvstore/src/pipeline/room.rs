@@ -381,6 +381,9 @@ impl Core {
     /// A segment lost its last slot and its owner.
     pub(super) fn segment_retired(&mut self, place: Place, segment: u32) {
         let drained = self.draining[place.at()].take_if(|draining| draining.segment == segment);
+        if place == Place::Host {
+            self.record_retired(segment);
+        }
         match place {
             Place::Host if segment >= self.host.tier.slab.segment_count() => {
                 self.host.clear_sums(segment);
@@ -438,9 +441,15 @@ impl Core {
         let record = self.tier_mut(place).slab.slot_mut(slot);
         if record.readers > 0 {
             record.doomed = true;
+            if place == Place::Host {
+                self.record_doomed(slot);
+            }
             return;
         }
         self.room_made = true;
+        if place == Place::Host {
+            self.record_free(slot);
+        }
         if let Some(segment) = self.tier_mut(place).release(slot) {
             self.segment_retired(place, segment);
         }

@@ -2,6 +2,7 @@
 
 use tender_proto::BlockKey;
 
+use super::record::Shape;
 use super::{Action, Actions, Core, Job};
 use crate::completion::{DrainWait, DurableWait, Waiting, WriteBack};
 use crate::limits;
@@ -179,20 +180,17 @@ impl Core {
     }
 
     fn publish_on_disk(&mut self, node: NodeId, slots: &[SlotId]) {
-        let layout = self.layout(node).expect("what was put has a layout");
-        let record = self.index.namespaces.get(self.index.node(node).namespace);
-        let public = record.known.as_ref().is_some_and(|known| known.namespace.public);
+        let shard_count = self.disk().tier.slab.slot(slots[0]).shard_count;
+        let Some(shape) = self.shape(node, shard_count) else {
+            return slots.iter().for_each(|&slot| self.give_back(Place::Disk, slot));
+        };
+        let Shape { layout, payload_bytes, kind, reuse_rule, public } = shape;
         let disk = self.disk.as_mut().expect("it was just written there");
         let written = disk.directory.count();
         for &slot in slots {
             let record = disk.tier.slab.slot_mut(slot);
             record.state = SlotState::Resident;
-            let payload_bytes = layout.shard_bytes(record.shard_count.into()) as u32;
-            let (kind, reuse_rule) = (layout.kind as u8, layout.reuse_rule.ordinal() as u8);
-            disk.set_note(
-                slot,
-                Note { written, payload_bytes, kind, reuse_rule, public, layout: layout.fingerprint(), verified: true },
-            );
+            disk.set_note(slot, Note { written, payload_bytes, kind, reuse_rule, public, layout, verified: true });
             disk.directory.mark(slot);
         }
         let shelf = disk.tier.slab.shelf_of(slots[0]);
@@ -270,7 +268,8 @@ impl Core {
 
     /// Moves the directory's cycle on, and tells who waited for it.
     pub(super) fn pump_directory(&mut self, actions: &mut Actions) {
-        let Some(disk) = &mut self.disk else { return };
+        // Before its files are there nothing is known of them, and nothing may be written.
+        let Some(disk) = self.disk.as_mut().filter(|disk| !disk.is_awaited()) else { return };
         if let Some((cycle, ok)) = disk.directory.finished() {
             self.directory_ms = self.now_ms;
             self.cycle_ended(cycle, ok, actions);
@@ -464,7 +463,7 @@ impl Core {
     /// Writes back what is only in memory and is worth it, then flushes; for a daemon that is about to stop.
     pub(super) fn drain(&mut self, id: RequestId, deadline_ms: u64) -> Option<Reply> {
         self.stopping = true;
-        if self.disk.is_none() {
+        if self.disk.as_ref().is_none_or(|disk| disk.is_awaited()) {
             return Some(Reply::Done);
         }
         self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait { next: 0, is_stuck: false, cycle: None }));

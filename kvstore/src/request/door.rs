@@ -136,6 +136,7 @@ struct Memory {
 /// A process that the core has not let in yet.
 struct Joining {
     attachment: AttachmentId,
+    former: Option<AttachmentId>,
     process: Process,
     /// What it is to get: ring, doorbell, bell.
     descriptors: [OwnedFd; 3],
@@ -267,7 +268,10 @@ impl Doorman {
 
     fn answer(&mut self, name: u64, said: ToDaemon, descriptors: Vec<OwnedFd>) -> Result<(), String> {
         match said {
-            ToDaemon::Open { attachment, former: _ } => self.greet(name, AttachmentId(attachment), descriptors),
+            ToDaemon::Open { attachment, former } => {
+                let former = (former != 0).then_some(AttachmentId(former));
+                self.greet(name, AttachmentId(attachment), former, descriptors)
+            }
             ToDaemon::Fetch(mapping) => {
                 self.fetch(name, mapping);
                 Ok(())
@@ -298,7 +302,13 @@ impl Doorman {
     }
 
     /// A process says who it is: the core is asked whether it may come in.
-    fn greet(&mut self, name: u64, attachment: AttachmentId, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+    fn greet(
+        &mut self,
+        name: u64,
+        attachment: AttachmentId,
+        former: Option<AttachmentId>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), String> {
         let connection = self.connections.get_mut(&name).ok_or("it is closed")?;
         if !connection.begin_joining() {
             return Err("this connection has said Open before; make one connection for each attachment".to_owned());
@@ -327,13 +337,15 @@ impl Doorman {
         let (local, descriptors) = make().map_err(|error| {
             format!("the daemon has no memory or descriptors for a ring ({error}); use gRPC, or raise its limits")
         })?;
-        self.joining.insert(name, Joining { attachment, process, descriptors, verify });
-        self.tell_core(Input::Join(name, Box::new(local)));
+        self.joining.insert(name, Joining { attachment, former, process, descriptors, verify });
+        self.tell_core(Input::Join(name, former, Box::new(local)));
         Ok(())
     }
 
     fn joined(&mut self, name: u64, answer: Result<TenantId, String>) {
-        let Some(Joining { attachment, process, descriptors, verify }) = self.joining.remove(&name) else { return };
+        let Some(Joining { attachment, former, process, descriptors, verify }) = self.joining.remove(&name) else {
+            return;
+        };
         let tenant = match answer {
             Ok(tenant) => tenant,
             Err(why) => {
@@ -349,6 +361,9 @@ impl Doorman {
             return self.tell_core(Input::Gone(attachment));
         }
         self.members.insert(attachment, Watched { process, tenant, connection: name });
+        if let Some(former) = former {
+            self.take_place(former, attachment, tenant);
+        }
         if let Some(connection) = self.connections.get_mut(&name) {
             connection.open(attachment);
         }
@@ -357,6 +372,24 @@ impl Doorman {
         let [ring, doorbell, bell] = &descriptors;
         let opened = ToClient::Opened { shared_bytes: file.bytes(), verify };
         self.say(name, &opened, &[ring.as_fd(), doorbell.as_fd(), bell.as_fd(), file.read_only()]);
+    }
+
+    /// A process has come again under another name: it is watched under that one, and has the memory that it had. The core has made sure
+    /// that it is the one, by what it knows.
+    fn take_place(&mut self, former: AttachmentId, attachment: AttachmentId, tenant: TenantId) {
+        let is_theirs = self.members.get(&former).is_some_and(|member| member.tenant == tenant);
+        if !is_theirs {
+            return;
+        }
+        for (&segment, memory) in self.memory.iter_mut().filter(|(_, memory)| memory.writer == former) {
+            memory.writer = attachment;
+            if let Err(error) = self.keeper.keep_ingest(attachment, segment, memory.mapping, tenant, &memory.file) {
+                tracing::warn!("the keeper does not take a client's memory: {error}");
+            }
+        }
+        if let Some(member) = self.members.remove(&former) {
+            self.end_member(former, &member);
+        }
     }
 
     /// Makes memory and offers it to its writer; whether that was possible.

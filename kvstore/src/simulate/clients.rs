@@ -10,7 +10,7 @@ use super::scenario::Space;
 use super::world::{Due, World};
 use crate::device::memory::Extent;
 use crate::names::{AttachmentId, By, Door, GroupId, Hold, TenantId};
-use crate::verb::{AttachVerb, Filled, PurgeWhat, Verb};
+use crate::verb::{AttachVerb, Filled, Held, PurgeWhat, Verb};
 
 /// An engine: one namespace, one number of shards, and as long as it lives one version of everything it writes.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub(super) struct Group {
     pub(super) space: usize,
     pub(super) shards: u16,
     pub(super) members: Vec<AttachmentId>,
+    /// Members of which the daemon, a new one, knows what they hold, and which have not come back yet.
+    pub(super) formers: Vec<AttachmentId>,
     pub(super) version: Version,
     /// How its members come to the daemon.
     pub(super) door: Door,
@@ -46,6 +48,7 @@ impl Group {
             space,
             shards: random.pick(&[1, 1, 2, 4]),
             members: Vec::new(),
+            formers: Vec::new(),
             version: Version::new(0, TenantId(0)),
             door,
             scribbles: door == Door::Ring && random.happens(150),
@@ -64,6 +67,8 @@ pub(super) struct Put {
     pub(super) extent: Extent,
     pub(super) payload_bytes: usize,
     pub(super) attachment: AttachmentId,
+    /// Its process writes in place.
+    pub(super) is_local: bool,
 }
 
 /// A slot that a client reads.
@@ -76,8 +81,10 @@ pub(super) struct Lease {
     pub(super) extent: Extent,
     pub(super) payload_bytes: usize,
     pub(super) version: Version,
-    /// Of the group that reads in place.
-    pub(super) reader: Option<usize>,
+    /// The process that reads in place, and its group.
+    pub(super) reader: Option<(usize, AttachmentId)>,
+    /// From before the worker's last end, and nobody has said since who holds it.
+    pub(super) in_limbo: bool,
 }
 
 /// What was asked, as the client remembers it.
@@ -103,12 +110,32 @@ pub(super) enum Question {
     },
     Acquire {
         /// That asks in place.
-        group: Option<usize>,
+        reader: Option<(usize, AttachmentId)>,
         space: usize,
         at: Vec<usize>,
     },
     /// By the process that reads and writes in place.
-    Join,
+    Join {
+        group: usize,
+        attachment: AttachmentId,
+    },
+    /// By one that did so before the daemon was restarted.
+    Reattach {
+        group: usize,
+        former: AttachmentId,
+    },
+    Rejoin {
+        group: usize,
+        former: AttachmentId,
+        attachment: AttachmentId,
+    },
+    Confirm {
+        held: Vec<Held>,
+    },
+    /// Of this process, which is dead.
+    Gone {
+        attachment: AttachmentId,
+    },
     Prefetch {
         count: usize,
     },
@@ -216,9 +243,10 @@ impl World {
             self.process_ends(group, member, is_dead);
         }
         let verb = if is_dead { Verb::Gone(member) } else { Verb::Detach(member) };
-        self.ask(tenant, deadline_ms, verb, Question::Any);
+        self.ask(tenant, deadline_ms, verb, Question::Gone { attachment: member });
         // What comes instead is another engine.
-        if self.groups[group].members.is_empty() && self.random.happens(700) {
+        let is_over = self.groups[group].members.is_empty() && self.groups[group].formers.is_empty();
+        if is_over && self.random.happens(700) {
             let name = std::mem::take(&mut self.groups[group].name);
             self.groups[group] = Group { name, ..Group::new(group, &self.scenario.spaces, &mut self.random) };
         }
@@ -226,13 +254,13 @@ impl World {
 
     /// A process that reads and writes in place is dead, or leaves. What its group was writing is ended, or what it was writing itself;
     /// what the group was reading when it was the last. A child that it forked writes on.
-    fn process_ends(&mut self, group: usize, member: AttachmentId, is_dead: bool) {
-        let is_last = self.groups[group].members.is_empty();
+    pub(super) fn process_ends(&mut self, group: usize, member: AttachmentId, is_dead: bool) {
+        let is_last = self.groups[group].members.is_empty() && self.groups[group].formers.is_empty();
         let version = self.groups[group].version;
         let ended = self.call_off(|due| match due {
             Due::FinishPut(puts) if is_last || is_dead => (puts[0].group, puts[0].version) == (group, version),
             Due::FinishPut(puts) => puts[0].attachment == member,
-            Due::Release(leases) => is_last && leases[0].reader == Some(group),
+            Due::Release(leases) => is_last && leases[0].reader.is_some_and(|(reader, _)| reader == group),
             _ => false,
         });
         let committed: Vec<Scribble> =
@@ -344,6 +372,14 @@ impl World {
 
     /// Commits what was granted in one reply, or aborts it; what a client that died had is aborted by its connection's end.
     pub(super) fn finish_puts(&mut self, puts: Vec<Put>) {
+        if self.is_cut_off(puts[0].group, puts[0].attachment) {
+            // It writes on, and cannot say so.
+            for put in &puts {
+                self.arena.write(put.extent, 0, &self.payload(put)[..put.payload_bytes / 2]);
+            }
+            let after_us = self.random.between(1_000, 20_000);
+            return self.schedule(after_us, Due::FinishPut(puts));
+        }
         for put in &puts {
             let payload = self.payload(put);
             let half = payload.len() / 2;
@@ -389,8 +425,8 @@ impl World {
         let door = self.groups[group].door;
         let verb = Verb::Acquire { attachment, keys: self.keys(space, &at), bytes_max, door };
         let deadline_ms = self.deadline_ms();
-        let group = (door == Door::Ring).then_some(group);
-        self.ask(tenant, deadline_ms, verb, Question::Acquire { group, space, at });
+        let reader = (door == Door::Ring).then_some((group, attachment));
+        self.ask(tenant, deadline_ms, verb, Question::Acquire { reader, space, at });
     }
 
     /// Leases were read once; they are read again when they end, for nobody may have written meanwhile.
@@ -413,8 +449,13 @@ impl World {
             // Where a client may write, a reader has checked what it copied, or reads what its own group wrote.
             let changed = self.read(lease) != written;
             assert!(!changed || self.is_ingest(lease.extent.segment), "a lease's bytes changed: {lease:?}");
-            self.let_go(lease.extent);
         }
+        if leases[0].reader.is_some_and(|(group, attachment)| self.is_cut_off(group, attachment)) {
+            // It reads on.
+            let after_us = self.random.between(1_000, 20_000);
+            return self.schedule(after_us, Due::Release(leases));
+        }
+        leases.iter().for_each(|lease| self.let_go(lease.extent));
         let holds = leases.iter().map(|lease| lease.hold).collect();
         let deadline_ms = self.deadline_ms();
         let twice = self.random.happens(30);

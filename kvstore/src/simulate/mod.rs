@@ -5,18 +5,21 @@
 //!  scenario   what the seed makes of configuration, namespaces, faults      clients   what is asked, and what is done with grants
 //!  world      clock, queue, disks, steps                                    answers   every reply, against the oracle
 //!  restart    kill, power cut, recovery, the end                            oracle    what may be read, what must survive
+//!  warm       the worker alone dies, between steps or within one             cut       records that end in the middle of a step
 //! ```
 //! The same seed and number of operations give the same trace, byte for byte. When something is wrong the run is repeated with its
 //! trace kept, so that a failure comes with the last things that happened.
 
 mod answers;
 mod clients;
+mod cut;
 mod oracle;
 mod payload;
 mod random;
 mod restart;
 mod scenario;
 mod trace;
+mod warm;
 mod world;
 
 use std::fmt;
@@ -53,6 +56,14 @@ pub struct Summary {
     pub kills: u64,
     /// The power was cut.
     pub power_cuts: u64,
+    /// The worker alone was killed: host memory, its records and local clients lived on.
+    pub warm_restarts: u64,
+    /// Of these, in the middle of a step.
+    pub cut_steps: u64,
+    /// Blocks found in host memory after that.
+    pub warm_blocks: u64,
+    /// Leases and reservations that their clients confirmed after that.
+    pub confirmed_holds: u64,
     /// Simulated time.
     pub simulated_ms: u64,
 }

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use tender_proto::BlockKey;
 
 use super::clients::Question;
+use super::cut::CutWords;
 use super::oracle::Block;
 use super::scenario::{Scenario, Space};
 use super::world::{Disk, Due, World};
 use crate::device::block::simulated::{DiskImage, Faults, SimulatedDisk};
 use crate::names::{AttachmentId, Door, Place, TenantId};
-use crate::pipeline::{Core, CoreConfig, DiskConfig, Event, RecoveredFile};
+use crate::pipeline::{CoreConfig, DiskConfig, Event, RecoveredFile};
 use crate::tier::disk::format::{SEGMENTS_OFFSET, Superblock};
 use crate::tier::disk::recover;
 use crate::transfer::disk::InFlight;
@@ -47,10 +48,13 @@ impl World {
         self.incarnations.clear();
         self.prepared_for.clear();
         self.committed_in_place.clear();
+        self.durable_before.clear();
         (self.watchers, self.announced) = Default::default();
         self.groups.iter_mut().for_each(|group| group.members.clear());
+        self.groups.iter_mut().for_each(|group| group.formers.clear());
         (0..self.arena.segment_count()).for_each(|segment| self.arena.zero(segment));
-        self.core = Core::new(self.scenario.core.clone());
+        self.records = CutWords::new(Self::geometry(&self.scenario.core).table_bytes());
+        self.new_core();
         let durable = self.oracle.restarted();
         let (mut files, mut sound) = (Vec::new(), Vec::new());
         for (image, file) in images.into_iter().zip(0u32..) {
@@ -78,7 +82,7 @@ impl World {
         self.disks.iter_mut().for_each(|disk| disk.device.set_faults(faults));
     }
 
-    fn recover_file(&self, image: DiskImage, file: u32) -> (RecoveredFile, DiskImage) {
+    pub(super) fn recover_file(&self, image: DiskImage, file: u32) -> (RecoveredFile, DiskImage) {
         let disk = self.scenario.core.disk.as_ref().expect("there is a file");
         let superblock = match recover::superblock(&image) {
             Ok(Some(superblock)) => superblock,
@@ -95,7 +99,7 @@ impl World {
         (found, image)
     }
 
-    fn attach_watchers(&mut self) {
+    pub(super) fn attach_watchers(&mut self) {
         for tenant in (0..self.scenario.core.tenants.len() as u16).map(TenantId) {
             let space = self.scenario.spaces.iter().position(|space| space.tenants == [tenant]);
             let attachment = self.attach_own(tenant, space.expect("each tenant has a namespace of its own"));
@@ -168,10 +172,12 @@ impl World {
 
     /// The daemon dies, alone or with the machine's power, and comes back.
     pub(super) fn crash(&mut self) {
-        if self.random.happens(100) {
+        self.records.restart();
+        if self.dying.is_empty() && self.random.happens(100) {
             self.stop();
         }
-        let disks = std::mem::take(&mut self.disks);
+        let mut disks = std::mem::take(&mut self.disks);
+        disks.append(&mut self.dying);
         let power_cut = self.random.happens(600);
         self.trace.note(format_args!("{} us: {}", self.now_us, if power_cut { "power cut" } else { "killed" }));
         self.summary.power_cuts += u64::from(power_cut);
@@ -183,7 +189,7 @@ impl World {
         self.boot(images);
     }
 
-    fn count_time(&mut self) {
+    pub(super) fn count_time(&mut self) {
         self.summary.simulated_ms += self.now_ms();
         let counters = self.core.counters();
         self.summary.evicted_copies += counters.evicted_host + counters.evicted_disk;
@@ -192,6 +198,8 @@ impl World {
 
     /// Clients end what they began, disks work again, everything is purged: nothing may be left over.
     pub(super) fn end(&mut self) {
+        self.records.restart();
+        self.formers_die();
         self.disks.iter_mut().for_each(|disk| disk.device.set_faults(Faults::default()));
         self.pass(LONG_MS * 1000);
         assert!(self.asked.is_empty(), "never answered: {:?}", self.asked);

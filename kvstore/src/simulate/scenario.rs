@@ -36,6 +36,8 @@ pub(super) struct Scenario {
     pub(super) lossy: bool,
     /// Crashes in a million operations.
     pub(super) crashes: u64,
+    /// Restarts of the worker alone in a million operations.
+    pub(super) warm_restarts: u64,
     pub(super) group_count: usize,
     /// Longest time between two operations.
     pub(super) pause_us: u64,
@@ -79,7 +81,9 @@ impl Scenario {
         };
         let crashes = random.pick(&[0, 300, 1_000, 4_000]);
         let pause_us = random.pick(&[100, 400, 2_000]);
-        Self { seed, core, spaces, faults, lossy, crashes, group_count: random.between(6, 12) as usize, pause_us }
+        let group_count = random.between(6, 12) as usize;
+        let warm_restarts = random.pick(&[0, 1_000, 5_000, 20_000]);
+        Self { seed, core, spaces, faults, lossy, crashes, warm_restarts, group_count, pause_us }
     }
 }
 
@@ -94,7 +98,7 @@ impl fmt::Display for Scenario {
             }
             None => write!(f, "no disk, ")?,
         }
-        write!(f, "{} crashes per million, {:?}", self.crashes, self.faults)
+        write!(f, "{} crashes and {} warm restarts per million, {:?}", self.crashes, self.warm_restarts, self.faults)
     }
 }
 

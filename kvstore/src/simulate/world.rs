@@ -1,6 +1,6 @@
 //! Clock, queue and disks around the core: gives it events in the order in which they are due, and does what it asks for.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +8,8 @@ use tender_proto::sum;
 
 use super::Summary;
 use super::clients::{Group, Lease, Put, Question, Scribble};
-use super::oracle::Oracle;
+use super::cut::CutWords;
+use super::oracle::{Block, Oracle};
 use super::random::Random;
 use super::scenario::Scenario;
 use super::trace::Trace;
@@ -39,6 +40,13 @@ pub(super) enum Due {
     Operation,
     FinishPut(Vec<Put>),
     Release(Vec<Lease>),
+    /// A local process finds that the daemon is a new one.
+    Rejoin {
+        group: usize,
+        former: AttachmentId,
+    },
+    /// The new worker tries to lock the tier files.
+    Lock,
     /// Whoever could write to a slot in place writes there, although it is not its to write any more.
     Scribble(Scribble),
     Promote {
@@ -103,6 +111,16 @@ pub(super) struct World {
     /// What was committed in place last, and by which process.
     pub(super) committed_in_place: VecDeque<(AttachmentId, Scribble)>,
     pub(super) clients_live: bool,
+    /// What the worker records of host memory.
+    pub(super) records: CutWords,
+    /// The worker is dead; whatever it did in the step in which it died nobody was told.
+    pub(super) is_dead: bool,
+    /// Disks of a dead worker, whose last requests are on their way.
+    pub(super) dying: Vec<Disk>,
+    /// What is to be found when they have come to their end.
+    pub(super) durable_before: BTreeSet<Block>,
+    /// A name that a process joined under, after the one that it knows of.
+    pub(super) aliases: Vec<(AttachmentId, AttachmentId)>,
 }
 
 impl World {
@@ -138,6 +156,11 @@ impl World {
             incarnations: BTreeMap::new(),
             committed_in_place: VecDeque::new(),
             clients_live: false,
+            records: CutWords::new(Self::geometry(core).table_bytes()),
+            is_dead: false,
+            dying: Vec::new(),
+            durable_before: BTreeSet::new(),
+            aliases: Vec::new(),
             scenario,
         };
         world.boot(images);
@@ -154,7 +177,16 @@ impl World {
                 self.clients_live = true;
                 self.schedule(0, Due::Operation);
             }
+            if self.random.below(1_000_000) < self.scenario.warm_restarts / 4 {
+                match self.random.happens(400) {
+                    true => self.restart_warm(),
+                    false => self.records.arm(self.random.below(100)),
+                }
+            }
             left -= u64::from(self.advance());
+            if self.is_dead {
+                self.restart_warm();
+            }
         }
         self.clients_live = false;
         self.end();
@@ -174,6 +206,15 @@ impl World {
     /// Everything that would have happened to this daemon will not.
     pub(super) fn forget_queue(&mut self) {
         self.queue.clear();
+    }
+
+    /// All leases that somebody will give back.
+    pub(super) fn leases(&mut self) -> impl Iterator<Item = &mut Lease> {
+        let released = self.queue.values_mut().filter_map(|due| match due {
+            Due::Release(leases) => Some(leases),
+            _ => None,
+        });
+        released.flatten()
     }
 
     /// What was to happen and is not any more.
@@ -200,7 +241,8 @@ impl World {
     /// Lets the next thing happen; returns whether it was an operation of a client.
     pub(super) fn advance(&mut self) -> bool {
         let queued_us = self.queue.keys().next().map_or(u64::MAX, |(due_us, _)| *due_us);
-        let disks_us = self.disks.iter().filter_map(|disk| disk.device.next_due_us()).min().unwrap_or(u64::MAX);
+        let disks = self.disks.iter().chain(&self.dying);
+        let disks_us = disks.filter_map(|disk| disk.device.next_due_us()).min().unwrap_or(u64::MAX);
         self.now_us = self.now_us.max(queued_us.min(disks_us));
         if disks_us <= queued_us {
             self.complete_transfers();
@@ -237,6 +279,8 @@ impl World {
             }
             Due::FinishPut(puts) => self.finish_puts(puts),
             Due::Release(leases) => self.release(leases),
+            Due::Rejoin { group, former } => self.rejoin(group, former),
+            Due::Lock => self.lock(),
             Due::Scribble(scribble) => self.scribble(&scribble),
             Due::Promote { id, from, to, expected } => {
                 let outcome = self.promoted(from, to, expected);
@@ -247,6 +291,11 @@ impl World {
     }
 
     fn complete_transfers(&mut self) {
+        // What a dead worker asked for is done, and nobody hears of it.
+        for Disk { device, .. } in &mut self.dying {
+            device.advance(self.now_us);
+            device.wait(Duration::ZERO, &mut Vec::new());
+        }
         let mut outcomes = Vec::new();
         for Disk { device, in_flight } in &mut self.disks {
             device.advance(self.now_us);
@@ -277,6 +326,9 @@ impl World {
 
     /// One step of the core, and all it asks for.
     pub(super) fn step(&mut self, event: Event) {
+        if self.is_dead {
+            return;
+        }
         match &event {
             Event::Request(request) => {
                 let question = self.asked.get(&request.id).map(|asked| &asked.question);
@@ -287,6 +339,10 @@ impl World {
         let mut actions = Vec::new();
         self.summary.steps += 1;
         self.core.step(event, self.now_ms(), &mut actions);
+        if self.records.is_cut() {
+            self.is_dead = true;
+            return self.trace.note(format_args!("  killed in this step"));
+        }
         for action in actions {
             self.carry_out(action);
         }
@@ -338,7 +394,7 @@ impl World {
                 *announced = sequence.max(*announced);
                 // Asking for events may cause events: those are asked for when the first have been read.
                 if !std::mem::replace(&mut self.watching, true) {
-                    while let Some(tenant) = self.tenant_with_news() {
+                    while let Some(tenant) = self.tenant_with_news().filter(|_| !self.is_dead) {
                         self.watch(tenant);
                     }
                     self.watching = false;
@@ -377,7 +433,7 @@ impl World {
 
     pub(super) fn pass(&mut self, time_us: u64) {
         let end_us = self.now_us + time_us;
-        while self.now_us < end_us {
+        while self.now_us < end_us && !self.is_dead {
             self.advance();
         }
     }

@@ -7,7 +7,7 @@ pub mod slab;
 
 use tender_proto::BlockLayout;
 
-use self::slab::{Owner, ShelfId, Slab};
+use self::slab::{Owner, ShelfId, Slab, Slot};
 use crate::device::block::PAGE_BYTES;
 use crate::names::{GroupId, NodeId, SlotId, TenantId};
 
@@ -29,12 +29,14 @@ pub struct Tier {
     pub slab: Slab,
     used_bytes: Vec<u64>,
     quota_bytes: Vec<Option<u64>>,
+    /// Of a block that is about to be copied within the tier: for a while it is there twice, and charged twice.
+    copied: Option<(TenantId, u64)>,
 }
 
 impl Tier {
     /// A tier with one quota per tenant.
     pub fn new(slab: Slab, quota_bytes: Vec<Option<u64>>) -> Self {
-        Self { slab, used_bytes: vec![0; quota_bytes.len()], quota_bytes }
+        Self { slab, used_bytes: vec![0; quota_bytes.len()], quota_bytes, copied: None }
     }
 
     /// Bytes of slots that a tenant uses, and may use.
@@ -45,7 +47,14 @@ impl Tier {
     /// Whether one more slot of this size is within the tenant's quota.
     pub fn within_quota(&self, owner: Owner) -> bool {
         let (used, quota) = self.tenant(owner.tenant);
-        quota.is_none_or(|quota| used + u64::from(owner.slot_bytes) <= quota)
+        let copied = self.copied.filter(|(tenant, _)| *tenant == owner.tenant).map_or(0, |(_, bytes)| bytes);
+        quota.is_none_or(|quota| used + u64::from(owner.slot_bytes) <= quota + copied)
+    }
+
+    /// A block of so many bytes is copied within the tier: its second copy is within the quota if the first is. `None` when it has its
+    /// slots.
+    pub fn copy_within(&mut self, copied: Option<(TenantId, u64)>) {
+        self.copied = copied;
     }
 
     /// Whether a slot of this size can be had without taking one from somebody.
@@ -72,6 +81,13 @@ impl Tier {
         let Owner { tenant, slot_bytes, .. } = self.slab.owner(self.slab.shelf_of(slot));
         self.used_bytes[tenant.0 as usize] += u64::from(slot_bytes);
         Some(())
+    }
+
+    /// Takes one particular slot as it was before a restart, and charges its tenant, whatever its quota.
+    pub fn restore(&mut self, slot: SlotId, record: Slot) {
+        self.slab.restore(slot, record);
+        let Owner { tenant, slot_bytes, .. } = self.slab.owner(self.slab.shelf_of(slot));
+        self.used_bytes[tenant.0 as usize] += u64::from(slot_bytes);
     }
 
     /// Frees a slot; returns the segment that is retired by it, if any.

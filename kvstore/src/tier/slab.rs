@@ -467,6 +467,52 @@ impl Slab {
         Some(())
     }
 
+    /// Takes one particular slot as it was before a restart. Of its segment no other slot is taken until [`Slab::reopen`].
+    pub fn restore(&mut self, slot: SlotId, record: Slot) {
+        assert_eq!(self.slot(slot).state, SlotState::Free, "slot {slot:?} is restored once");
+        self.generation = self.generation.wrapping_add(1);
+        *self.slot_mut(slot) = Slot { generation: self.generation, ..record };
+        let shelf = self.shelf_of(slot);
+        self.segments[slot.segment() as usize].used += 1;
+        self.shelves[shelf.0 as usize].used += 1;
+    }
+
+    /// The free slots of an owned segment may be taken, after those that were in use were restored.
+    pub fn reopen(&mut self, segment: u32) {
+        let SegmentState::Owned(shelf) = self.segments[segment as usize].state else { return };
+        self.segments[segment as usize].free.clear();
+        self.shelves[shelf.0 as usize].open.retain(|&open| open != segment);
+        self.open(segment, shelf);
+    }
+
+    fn open(&mut self, segment: u32, shelf: ShelfId) {
+        let record = &mut self.segments[segment as usize];
+        let places = (0..record.slots.len() as u32).rev();
+        record.free = places.filter(|&place| record.slots[place as usize].state == SlotState::Free).collect();
+        if !record.free.is_empty() {
+            self.shelves[shelf.0 as usize].open.push(segment);
+        }
+    }
+
+    /// The shelves of one attachment are another's from now on: that of the same process. Returns those that are not, since the other
+    /// has one of that size already.
+    pub fn change_writer(&mut self, from: AttachmentId, to: AttachmentId) -> Vec<ShelfId> {
+        let shelves = self.shelves().filter(|(_, owner)| owner.writer == Some(from)).map(|(shelf, _)| shelf);
+        let mut left = Vec::new();
+        for shelf in shelves.collect::<Vec<_>>() {
+            let before = self.owner(shelf);
+            let owner = Owner { writer: Some(to), ..before };
+            if self.shelf_of.contains_key(&owner) {
+                left.push(shelf);
+                continue;
+            }
+            self.shelf_of.remove(&before);
+            self.shelf_of.insert(owner, shelf);
+            self.shelves[shelf.0 as usize].owner = owner;
+        }
+        left
+    }
+
     /// Frees a slot; returns the segment if this was the last slot of one that drains: it is retired now.
     #[must_use = "a retired segment must be zeroed and made ready again"]
     pub fn release(&mut self, slot: SlotId) -> Option<u32> {
@@ -529,11 +575,7 @@ impl Slab {
         let record = &mut self.segments[segment as usize];
         let SegmentState::Draining(shelf) = record.state else { return };
         record.state = SegmentState::Owned(shelf);
-        let places = (0..record.slots.len() as u32).rev();
-        record.free = places.filter(|&place| record.slots[place as usize].state == SlotState::Free).collect();
-        if !record.free.is_empty() {
-            self.shelves[shelf.0 as usize].open.push(segment);
-        }
+        self.open(segment, shelf);
     }
 
     /// Used slots of a segment.

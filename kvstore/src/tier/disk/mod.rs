@@ -156,6 +156,21 @@ impl DiskTier {
         !self.retired.is_empty()
     }
 
+    /// Its files are not there yet: until [`DiskTier::joined`] it is not asked.
+    pub fn awaited(&mut self) {
+        self.health = Health::Disabled(u64::MAX);
+    }
+
+    /// Its files are there.
+    pub fn joined(&mut self) {
+        self.health = Health::Good;
+    }
+
+    /// Whether its files are not there yet.
+    pub fn is_awaited(&self) -> bool {
+        self.health == Health::Disabled(u64::MAX)
+    }
+
     /// Whether the disk may be asked now.
     pub fn is_usable(&self, now_ms: u64) -> bool {
         !matches!(self.health, Health::Disabled(until) if now_ms < until)

@@ -1,8 +1,11 @@
 //! Host memory: slots of the arena, and the sums of their fragments, which go out with a lease so that a reader can check what it
-//! got piece by piece.
+//! got piece by piece. What is in them is also kept in [`records`], where they are to outlive the worker.
+
+pub mod records;
 
 use tender_proto::sum;
 
+use self::records::Records;
 use super::Tier;
 use super::slab::Slab;
 use crate::device::memory::Extent;
@@ -13,7 +16,9 @@ use crate::names::SlotId;
 pub struct HostTier {
     /// Slots and quotas.
     pub tier: Tier,
-    /// Per segment and slot: sums of the fragments.
+    /// What a worker that comes later finds; without them host memory ends with this one.
+    pub records: Option<Records>,
+    /// Per segment and slot: sums of the fragments. Not recorded: after a restart they are zeros.
     sums: Vec<Vec<u64>>,
 }
 
@@ -26,7 +31,8 @@ impl HostTier {
     /// An arena of that many segments that only the daemon writes and that many for clients, none of them prepared.
     pub fn new(segment_bytes: u64, shared_count: u32, ingest_count: u32, quota_bytes: Vec<Option<u64>>) -> Self {
         let slab = Slab::with_ingest(segment_bytes, shared_count, ingest_count, slots_per_segment);
-        Self { tier: Tier::new(slab, quota_bytes), sums: vec![Vec::new(); (shared_count + ingest_count) as usize] }
+        let sums = vec![Vec::new(); (shared_count + ingest_count) as usize];
+        Self { tier: Tier::new(slab, quota_bytes), records: None, sums }
     }
 
     /// Where a slot's bytes are.
@@ -46,10 +52,12 @@ impl HostTier {
         sums[first..first + fragment_sums.len()].copy_from_slice(fragment_sums);
     }
 
-    /// The sums of a slot's fragments.
-    pub fn sums(&self, slot: SlotId, payload_bytes: usize) -> &[u64] {
+    /// The sums of a slot's fragments; `None` when only their root is known, since the block was there before a restart: whoever wants
+    /// them takes them from the bytes and holds them against the root.
+    pub fn sums(&self, slot: SlotId, payload_bytes: usize) -> Option<&[u64]> {
         let first = slot.place() as usize * self.fragments_per_slot(slot);
-        &self.sums[slot.segment() as usize][first..first + sum::fragment_count(payload_bytes)]
+        let sums = self.sums[slot.segment() as usize].get(first..first + sum::fragment_count(payload_bytes))?;
+        sums.iter().any(|&sum| sum != 0).then_some(sums)
     }
 
     /// Forgets the sums of a segment that changes owner.
