@@ -453,7 +453,8 @@ impl Core {
         let of_group = |hold: &Hold| grants.get(*hold, By::Daemon).is_none_or(|grant| grant.holder.group == group);
         let mut unclaimed = BTreeSet::new();
         self.limbo.unconfirmed.retain(|&id, holds| {
-            unclaimed.extend(holds.extract_if(.., |hold| of_group(hold)));
+            unclaimed.extend(holds.iter().filter(|&hold| of_group(hold)));
+            holds.retain(|hold| !of_group(hold));
             attachments.has(id) || !holds.is_empty()
         });
         self.end_unconfirmed(unclaimed);

@@ -1,5 +1,6 @@
 //! The records of host memory that outlive the worker, version 1: what lies in which slot, who may write to which segment, who holds
-//! what. A table of 64-bit words in the byte order of the machine, which it never leaves; offsets in bytes.
+//! what. A table of 64-bit words, numbers as the machine has them (which it never leaves), bytes of keys and tags little-endian;
+//! offsets in bytes.
 //!
 //! ```text
 //! table      0        header                    4096
@@ -61,7 +62,7 @@ use crate::device::block::PAGE_BYTES;
 use crate::limits;
 use crate::names::{AttachmentId, GroupId, Hold, SlotId};
 
-const MAGIC: u64 = u64::from_ne_bytes(*b"TENDERT1");
+const MAGIC: u64 = u64::from_le_bytes(*b"TENDERT1");
 const WORD_BYTES: u64 = 8;
 const HEADER_WORDS: usize = PAGE_BYTES as usize / 8;
 const ATTACHMENT_WORDS: usize = 16;
@@ -324,20 +325,20 @@ fn two(low: u32, high: u32) -> u64 {
 
 fn words_of<const N: usize>(bytes: &[u8]) -> [u64; N] {
     let (words, _) = bytes.as_chunks::<8>();
-    std::array::from_fn(|i| u64::from_ne_bytes(words[i]))
+    std::array::from_fn(|i| u64::from_le_bytes(words[i]))
 }
 
 fn tag_of(words: &[u64]) -> [u8; 16] {
     let mut tag = [0; 16];
-    tag[..8].copy_from_slice(&words[0].to_ne_bytes());
-    tag[8..].copy_from_slice(&words[1].to_ne_bytes());
+    tag[..8].copy_from_slice(&words[0].to_le_bytes());
+    tag[8..].copy_from_slice(&words[1].to_le_bytes());
     tag
 }
 
 fn key_of(words: &[u64]) -> BlockKey {
     let mut key = [0; 32];
     for (bytes, word) in key.as_chunks_mut::<8>().0.iter_mut().zip(words) {
-        *bytes = word.to_ne_bytes();
+        *bytes = word.to_le_bytes();
     }
     BlockKey::from_bytes(key)
 }
