@@ -18,9 +18,9 @@ use crate::device::block::{self, BlockDevice, PageFile};
 use crate::device::memory::{Arena, Extent};
 use crate::device::shared::SharedFile;
 use crate::doctor::{Finding, Verdict};
-use crate::driver::Driver;
-use crate::keeper::{Handed, Keeper, Sockets};
-use crate::names::TenantId;
+use crate::driver::{Driver, Input};
+use crate::keeper::{Handed, Keeper, KeptIngest, Sockets, records_of};
+use crate::names::{AttachmentId, TenantId};
 use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
 use crate::request::door::{Before, Door};
 use crate::request::identity::{Identities, TokenError};
@@ -29,6 +29,7 @@ use crate::request::server::{BlocksServer, random};
 use crate::size::Size;
 use crate::tier::disk::format::Superblock;
 use crate::tier::disk::recover::{self, RecoverError};
+use crate::tier::host::records::Records;
 use crate::verb::Verb;
 use crate::{doctor, limits, telemetry};
 
@@ -141,6 +142,35 @@ fn die_with_keeper() -> io::Result<()> {
 }
 
 /// That the memory is the one that the configuration speaks of: another worker's may have been started from another one.
+/// Maps what holds blocks from before, as it is. What clients were offered and did not use yet is forgotten.
+fn take_memory_back(
+    core: &Core,
+    arena: &Arena,
+    keeper: &Keeper,
+    ingest: Vec<KeptIngest>,
+) -> io::Result<Vec<KeptIngest>> {
+    let in_use = core.segments_in_use();
+    for &(segment, tenant) in in_use.iter().filter(|(segment, _)| !arena.is_ingest(*segment)) {
+        arena.prepare(segment, tenant, false)?;
+    }
+    let (used, unused): (Vec<_>, Vec<_>) =
+        ingest.into_iter().partition(|memory| in_use.iter().any(|(segment, _)| *segment == memory.segment));
+    for memory in &used {
+        arena.install(memory.segment, &memory.file, 0, memory.file.bytes())?;
+    }
+    for memory in unused {
+        keeper.forget_ingest(memory.segment)?;
+    }
+    let has = |segment: u32| used.iter().any(|memory| memory.segment == segment);
+    match in_use.iter().find(|(segment, _)| arena.is_ingest(*segment) && !has(*segment)) {
+        None => Ok(used),
+        Some((segment, _)) => Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("segment {segment} of host memory is recorded, and the keeper does not have it"),
+        )),
+    }
+}
+
 fn check_memory(config: &Config, handed: &Handed) -> io::Result<()> {
     let (files, tenants) = (handed.memory.len(), config.tenants.len());
     let (bytes, wanted) = (handed.memory.iter().map(SharedFile::bytes).min().unwrap_or(0), config.host.bytes());
@@ -161,7 +191,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
-    let Handed { sockets, memory, table: _, members, ingest, epoch, next_mapping, is_warm: _ } = handed;
+    let Handed { sockets, memory, table, members, ingest, next_mapping } = handed;
     let Sockets { unix, door, tcp } = sockets;
     let listeners = Listeners::new(unix, tcp).map_err(StartError::System)?;
     let memory: Arc<[SharedFile]> = memory.into();
@@ -184,17 +214,30 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
         findings.extend(disks.findings);
         devices = disks.devices;
     }
+    let words = table.map().map_err(StartError::Keeper)?;
+    let records = Records::open(Box::new(words), records_of(&config));
+    let records = records.map_err(|error| StartError::Keeper(io::Error::other(error)))?;
+    for warning in core.recover_host(records) {
+        tracing::warn!("{warning}");
+    }
+    let ingest = take_memory_back(&core, &arena, &keeper, ingest).map_err(StartError::Keeper)?;
     let recovered = core.counters().recovered_blocks;
+    // It had been let in, and died before anybody was to watch it: it was granted nothing.
+    let unwatched: Vec<AttachmentId> = core
+        .local_processes()
+        .into_iter()
+        .filter(|local| members.iter().all(|member| member.attachment != *local))
+        .collect();
     let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
     let (mut driver, handle) = driver.map_err(StartError::System)?;
-    // Host memory begins empty: nothing of what was there before is known any more.
-    for member in members {
-        keeper.forget_member(member.attachment).map_err(StartError::Keeper)?;
+    for memory in &ingest {
+        driver.name_mapping(memory.segment, memory.mapping);
     }
-    for memory in ingest {
-        keeper.forget_ingest(memory.segment).map_err(StartError::Keeper)?;
+    for attachment in unwatched {
+        // The queue is empty, and the core has not begun.
+        let _ = driver.queue().try_send(Input::Gone(attachment));
     }
-    let before = Before { members: Vec::new(), ingest: Vec::new(), next_mapping };
+    let before = Before { members, ingest, next_mapping };
     let door = Door::open(door, memory, Arc::clone(&arena), driver.queue(), Arc::clone(&keeper), before);
     let door = door.map_err(StartError::System)?;
     driver.serve_door(door.queue());
@@ -203,6 +246,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     if let Some(address) = config.metrics {
         telemetry::start_metrics(address).map_err(|error| StartError::Metrics(address, error))?;
     }
+    let epoch = random();
     let config = Arc::new(config);
     greet(&config, &findings, recovered);
     let blocks = BlocksServer::new(handle.clone(), Arc::clone(&identities), epoch);

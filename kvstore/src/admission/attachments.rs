@@ -250,6 +250,14 @@ impl Attachments {
         self.local.values().sum()
     }
 
+    /// All processes that write and read in place, in the order of their numbers.
+    pub fn local_processes_all(&self) -> Vec<AttachmentId> {
+        let local = self.attachments.iter().filter(|(_, (attachment, _))| attachment.is_local);
+        let mut local: Vec<AttachmentId> = local.map(|(id, _)| *id).collect();
+        local.sort_unstable();
+        local
+    }
+
     /// Such processes of a tenant.
     pub fn local_processes(&self, tenant: TenantId) -> usize {
         self.local.range((tenant, GroupId(0))..=(tenant, GroupId(u32::MAX))).map(|(_, count)| count).sum()

@@ -276,6 +276,11 @@ impl Driver {
         self.sender.clone()
     }
 
+    /// An ingest segment from before a restart is known to clients by this name.
+    pub fn name_mapping(&mut self, segment: u32, mapping: u32) {
+        self.locals.name_mapping(segment, mapping);
+    }
+
     /// The local door, which this core serves from now on.
     pub fn serve_door(&mut self, door: Queue<DoorCommand>) {
         self.door = Some(door);
@@ -283,7 +288,14 @@ impl Driver {
 
     /// Runs the core until [`CoreHandle::stop`]. Returns when all devices have come to rest.
     pub fn run(mut self) {
-        let mut events = vec![Event::Tick];
+        // The tier files were opened before: what a former worker had asked of them is done.
+        let mut events = vec![Event::DiskLocked, Event::Tick];
+        for (segment, _) in self.core.segments_in_use() {
+            self.disks
+                .iter()
+                .filter(|_| !self.arena.is_ingest(segment))
+                .for_each(|disk| disk.tell(Command::SegmentReady(segment)));
+        }
         let mut actions = Vec::new();
         let mut ticked = Instant::now();
         loop {

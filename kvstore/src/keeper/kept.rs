@@ -12,18 +12,15 @@ use crate::device::shared::{Protection, SharedFile};
 use crate::device::table::TableFile;
 use crate::limits;
 use crate::request::listen::Bound;
-use crate::request::server::random;
 use crate::serve::StartError;
 use crate::size::Size;
+use crate::tier::host::records::Geometry;
 
 /// Sockets, memory, and what workers have deposited.
 pub(super) struct Kept {
     sockets: Bound,
     memory: Vec<SharedFile>,
     table: TableFile,
-    epoch: u64,
-    /// A worker served from this memory.
-    pub(super) is_warm: bool,
     /// By attachment: tenant and pidfd.
     members: BTreeMap<u64, (u32, OwnedFd)>,
     /// By segment: writer, mapping, tenant and file.
@@ -41,8 +38,6 @@ impl Kept {
             sockets,
             memory,
             table,
-            epoch: random(),
-            is_warm: false,
             members: BTreeMap::new(),
             ingest: BTreeMap::new(),
             next_mapping: tender_proto::greeting::SHARED_MAPPING + 1,
@@ -54,7 +49,6 @@ impl Kept {
         self.members.clear();
         self.ingest.clear();
         (self.memory, self.table) = make_memory(config)?;
-        (self.epoch, self.is_warm) = (random(), false);
         Ok(())
     }
 
@@ -75,8 +69,7 @@ impl Kept {
             let said = Said::Ingest { writer: *writer, segment, mapping: *mapping, tenant: *tenant };
             say(said, &[file.as_fd()])?;
         }
-        let Self { epoch, next_mapping, is_warm, .. } = *self;
-        say(Said::Begin { epoch, next_mapping, is_warm }, &[])
+        say(Said::Begin { next_mapping: self.next_mapping }, &[])
     }
 
     /// What a worker says.
@@ -97,10 +90,19 @@ impl Kept {
     }
 }
 
+/// Of what memory there are records.
+pub(crate) fn records_of(config: &Config) -> Geometry {
+    Geometry {
+        segment_bytes: config.host.segment_bytes,
+        shared_count: config.host.segment_count,
+        ingest_count: config.ingest_segment_count,
+    }
+}
+
 fn make_memory(config: &Config) -> Result<(Vec<SharedFile>, TableFile), StartError> {
     let error = |source| StartError::Memory { size: Size(config.host.bytes()), source };
     let files = config.tenants.iter().map(|_| SharedFile::create(config.host.bytes()));
     let memory = files.collect::<io::Result<Vec<_>>>().map_err(error)?;
-    let table = TableFile::create(crate::device::block::PAGE_BYTES).map_err(error)?;
+    let table = TableFile::create(records_of(config).table_bytes()).map_err(error)?;
     Ok((memory, table))
 }

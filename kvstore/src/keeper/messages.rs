@@ -12,7 +12,7 @@
 //!  3 Table     u64 bytes                                                                    the table
 //!  4 Member    u64 attachment, u32 tenant                                                   its pidfd
 //!  5 Ingest    u64 writer, u32 segment, u32 mapping, u32 tenant                             the file
-//!  6 Begin     u64 epoch, u32 next_mapping, u8 is_warm                                      (nothing more comes for the start)
+//!  6 Begin     u32 next_mapping                                                             (nothing more comes for the start)
 //! at any time
 //!  7 Retire    end what is under way, and exit
 //! worker to keeper
@@ -77,12 +77,8 @@ pub enum Said {
     },
     /// All was handed over.
     Begin {
-        /// Of the events, the same as long as host memory is.
-        epoch: u64,
         /// The first name of memory that was never used.
         next_mapping: u32,
-        /// A worker served from this memory before.
-        is_warm: bool,
     },
     /// End in good order: another worker comes.
     Retire,
@@ -134,10 +130,8 @@ impl Said {
                 [segment, mapping, tenant].iter().for_each(|field| put(&field.to_le_bytes()));
                 5
             }
-            Self::Begin { epoch, next_mapping, is_warm } => {
-                put(&epoch.to_le_bytes());
+            Self::Begin { next_mapping } => {
                 put(&next_mapping.to_le_bytes());
-                put(&[u8::from(is_warm)]);
                 6
             }
             Self::Retire => 7,
@@ -170,7 +164,7 @@ impl Said {
             3 => Self::Table { bytes: u64_at(8) },
             4 => Self::Member { attachment: u64_at(8), tenant: u32_at(16) },
             5 => Self::Ingest { writer: u64_at(8), segment: u32_at(16), mapping: u32_at(20), tenant: u32_at(24) },
-            6 => Self::Begin { epoch: u64_at(8), next_mapping: u32_at(16), is_warm: bytes[20] != 0 },
+            6 => Self::Begin { next_mapping: u32_at(8) },
             7 => Self::Retire,
             20 => Self::Gone { attachment: u64_at(8) },
             21 => Self::Dropped { segment: u32_at(8) },
@@ -211,7 +205,7 @@ mod tests {
             Said::Table { bytes: u64::MAX },
             Said::Member { attachment: u64::MAX, tenant: 7 },
             Said::Ingest { writer: 1 << 60, segment: 3, mapping: u32::MAX, tenant: 5 },
-            Said::Begin { epoch: u64::MAX - 1, next_mapping: 9, is_warm: true },
+            Said::Begin { next_mapping: 9 },
             Said::Retire,
             Said::Gone { attachment: 17 },
             Said::Dropped { segment: 40 },

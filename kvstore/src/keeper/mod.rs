@@ -28,6 +28,7 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use self::kept::Kept;
+pub(crate) use self::kept::records_of;
 use self::messages::Said;
 pub use self::worker::{Handed, Keeper, KeptIngest, KeptMember, Sockets};
 use crate::config::Config;
@@ -144,7 +145,6 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                     kept.take(said, with);
                 }
                 let status = status?;
-                kept.is_warm |= life.served;
                 life.exited = status.code().is_some();
                 life.ended_well = status.success();
                 if !life.exited && !life.asked_to_end {
@@ -152,12 +152,11 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                 }
                 return Ok(life);
             }
-            said = ours.async_io(Interest::READABLE, || hear(&ours)), if !life.has_hung_up() => match said {
+            said = ours.async_io(Interest::READABLE, || hear(&ours)) => match said {
                 Ok((Said::Serving, _)) => life.served = true,
                 Ok((Said::Replace, _)) => {
                     life.is_replaced = true;
-                    kept.is_warm |= life.served;
-                    use std::os::fd::AsFd;
+                        use std::os::fd::AsFd;
                     // One that does not take it is dying.
                     let _ = Said::Retire.send(ours.as_fd(), &[], Instant::now() + HANDOVER);
                 }
@@ -170,13 +169,6 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                 ask_to_end(&child);
             }
         }
-    }
-}
-
-impl Life {
-    /// Nothing that it could still say matters.
-    fn has_hung_up(&self) -> bool {
-        false
     }
 }
 

@@ -72,12 +72,8 @@ pub struct Handed {
     pub members: Vec<KeptMember>,
     /// Memory of clients from before.
     pub ingest: Vec<KeptIngest>,
-    /// Of the events.
-    pub epoch: u64,
     /// The first name of memory that was never used.
     pub next_mapping: u32,
-    /// A worker served from this memory before.
-    pub is_warm: bool,
 }
 
 impl Keeper {
@@ -114,10 +110,10 @@ impl Keeper {
                     tenant: TenantId(tenant as u16),
                     file: IngestFile::adopt(next()?, segment_bytes)?,
                 }),
-                Said::Begin { epoch, next_mapping, is_warm } => {
+                Said::Begin { next_mapping } => {
                     let sockets = sockets.ok_or_else(|| missing(said))?;
                     let table = table.ok_or_else(|| missing(said))?;
-                    let handed = Handed { sockets, memory, table, members, ingest, epoch, next_mapping, is_warm };
+                    let handed = Handed { sockets, memory, table, members, ingest, next_mapping };
                     return Ok((Self { socket: Mutex::new(socket) }, handed));
                 }
                 other => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{other:?} at the start"))),

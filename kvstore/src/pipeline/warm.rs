@@ -71,6 +71,16 @@ impl Core {
         }
     }
 
+    /// Segments of host memory in use, and for which tenant: after [`Core::recover_host`] those that must be there as they were.
+    pub fn segments_in_use(&self) -> Vec<(u32, TenantId)> {
+        self.host.tier.slab.owned_segments().collect()
+    }
+
+    /// Processes that read and write in place, or did before a restart.
+    pub fn local_processes(&self) -> Vec<AttachmentId> {
+        self.attachments.local_processes_all()
+    }
+
     /// Holds that are neither confirmed nor ended.
     pub fn limbo_holds(&self) -> usize {
         self.limbo.unconfirmed.values().map(BTreeSet::len).sum()

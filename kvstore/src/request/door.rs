@@ -309,7 +309,7 @@ impl Doorman {
         former: Option<AttachmentId>,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), String> {
-        let connection = self.connections.get_mut(&name).ok_or("it is closed")?;
+        let Some(connection) = self.connections.get_mut(&name) else { return Ok(()) };
         if !connection.begin_joining() {
             return Err("this connection has said Open before; make one connection for each attachment".to_owned());
         }
@@ -322,6 +322,11 @@ impl Doorman {
         if process.pid().is_ok_and(|pid| pid.is_some_and(|pid| pid != peer.pid)) {
             return Err("the pidfd is another process's than the socket's; send your own".to_owned());
         }
+        // Whoever takes the place of another process would have what that one holds.
+        let former = former.filter(|former| {
+            let watched = self.members.get(former).map(|member| &member.process);
+            watched.is_some_and(|watched| is_same(watched, &process))
+        });
         let own_uid = rustix::process::geteuid().as_raw();
         let verify = !self.files.iter().all(|file| file.protection().keeps_out(peer.uid.as_raw(), own_uid));
         let make = || -> io::Result<(Local, [OwnedFd; 3])> {
@@ -512,6 +517,15 @@ impl Doorman {
     fn tell_core(&self, input: Input) {
         // The core is gone only when the daemon ends. It never waits for this thread, so this wait is short.
         let _ = self.core.send(input);
+    }
+}
+
+/// Whether two pidfds are of one process that lives. Of those in other namespaces of processes the numbers are not known here.
+fn is_same(one: &Process, other: &Process) -> bool {
+    match (one.pid(), other.pid()) {
+        (Ok(Some(one)), Ok(Some(other))) => one == other,
+        (Ok(None), Ok(None)) => !one.is_dead() && !other.is_dead(),
+        _ => false,
     }
 }
 

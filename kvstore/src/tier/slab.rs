@@ -359,6 +359,15 @@ impl Slab {
         !self.shelves[shelf.0 as usize].open.is_empty()
     }
 
+    /// Segments in use, and for which tenant.
+    pub fn owned_segments(&self) -> impl Iterator<Item = (u32, TenantId)> {
+        let owner = |segment: &Segment| match segment.state {
+            SegmentState::Owned(shelf) | SegmentState::Draining(shelf) => Some(self.owner(shelf).tenant),
+            SegmentState::Free | SegmentState::Retired => None,
+        };
+        self.segments.iter().zip(0u32..).filter_map(move |(segment, at)| Some((at, owner(segment)?)))
+    }
+
     /// Whether a segment is not ready for anybody.
     pub fn is_retired(&self, segment: u32) -> bool {
         self.segments[segment as usize].state == SegmentState::Retired
