@@ -26,8 +26,9 @@ pub(crate) const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: a restarted daemon is in use again this long after at the latest.
 pub(crate) const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// How long the call that found its daemon gone waits for the first attempt to reach it again, before it answers with a miss.
-pub(crate) const RECONNECT_WAIT: Duration = Duration::from_millis(500);
+/// How long the call that found its daemon gone waits for the first attempt to reach it again, before it answers with a miss. A daemon
+/// that was stopped refuses at once; one whose worker is being followed by the next one answers when that one serves.
+pub(crate) const RECONNECT_WAIT: Duration = Duration::from_secs(3);
 
 /// A connection with open calls on which nothing is heard for so long is asked whether it lives, and given up after as long again.
 pub(crate) const PING: Duration = Duration::from_secs(5);

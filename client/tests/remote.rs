@@ -446,7 +446,7 @@ async fn a_daemon_that_stands_still_is_found_out() {
     sleep(Duration::from_millis(600)).await;
     let start = Instant::now();
     assert_eq!(client.get(&keys, Shard::WHOLE).await.end, GetEnd::Unavailable);
-    assert!(start.elapsed() < Duration::from_millis(700), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_millis(3_500), "{:?}", start.elapsed());
 }
 
 #[tokio::test]

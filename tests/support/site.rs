@@ -180,6 +180,11 @@ pub struct Running {
 }
 
 impl Running {
+    /// Number of the keeper's process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     fn ends_within(&mut self, patience: Duration) -> Option<ExitStatus> {
         let began = Instant::now();
         loop {

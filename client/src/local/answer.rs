@@ -11,12 +11,14 @@ use crate::failure::Failure;
 /// A reply. What it grants is given back unless somebody takes it: who asked may be gone.
 pub(super) struct Answer {
     reply: Reply,
+    life: u64,
     debts: Arc<Debts>,
 }
 
 impl Answer {
-    pub(super) fn new(reply: Reply, debts: &Arc<Debts>) -> Self {
-        Self { reply, debts: Arc::clone(debts) }
+    /// Its names are of that host memory.
+    pub(super) fn new(reply: Reply, life: u64, debts: &Arc<Debts>) -> Self {
+        Self { reply, life, debts: Arc::clone(debts) }
     }
 
     /// The answer to what was asked, or why there is none. From here on what it grants is the caller's to give back.
@@ -39,10 +41,10 @@ impl Drop for Answer {
         match &self.reply {
             Reply::Acquired(acquired) => {
                 let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
-                self.debts.owe(HoldKind::Lease, parts.map(|part| part.hold));
+                self.debts.owe(self.life, HoldKind::Lease, parts.map(|part| part.hold));
             }
             Reply::Reserved(outcomes) => {
-                self.debts.owe(HoldKind::Reservation, outcomes.iter().filter_map(granted));
+                self.debts.owe(self.life, HoldKind::Reservation, outcomes.iter().filter_map(granted));
             }
             _ => {}
         }

@@ -52,6 +52,8 @@ pub(super) struct Calls {
     turns: Semaphore,
     doorbell: EventFd,
     debts: Arc<Debts>,
+    /// Which host memory this ring's names are of.
+    life: u64,
     /// Wakes the thread, which then asks how long it may sleep.
     wake: Arc<EventFd>,
     /// Told whenever something was given back.
@@ -105,7 +107,13 @@ impl Calls {
         };
         let (given_back, spin) = (Notify::new(), Spin::new());
         let turns = Semaphore::new(FRAMES - 1);
-        Self { attachment, table: Mutex::new(table), turns, doorbell, wake, debts, given_back, spin }
+        let life = debts.life();
+        Self { attachment, table: Mutex::new(table), turns, doorbell, wake, debts, life, given_back, spin }
+    }
+
+    /// Which host memory this ring's names are of.
+    pub(super) fn life(&self) -> u64 {
+        self.life
     }
 
     /// Asks, and waits for the answer until the deadline and a moment more. Only answers to what was asked are returned. Dropped in
@@ -290,13 +298,13 @@ impl Table {
             Who::Call(sender) => {
                 calls.turns.add_permits(1);
                 // Nobody may be there any more: then it is dropped here.
-                let _unheard = sender.send(Ok(Answer::new(reply, &calls.debts)));
+                let _unheard = sender.send(Ok(Answer::new(reply, calls.life, &calls.debts)));
             }
             Who::Debt(due) => {
                 self.is_giving_back = false;
                 if reply == Reply::Busy {
                     self.not_before = Some(Instant::now() + PAUSE);
-                    due.owe_again(&calls.debts);
+                    due.owe_again(&calls.debts, calls.life);
                     calls.wake_thread();
                 }
                 calls.given_back.notify_waiters();
@@ -352,7 +360,7 @@ impl Table {
         self.is_giving_back = false;
         self.waiting.clear();
         calls.turns.close();
-        calls.debts.end();
+        calls.debts.end(&calls.wake);
         calls.given_back.notify_waiters();
     }
 }

@@ -71,6 +71,10 @@ impl Connection {
         &self.0.debts
     }
 
+    pub(super) fn mappings(&self) -> &Mappings {
+        &self.0.mappings
+    }
+
     pub(super) fn verifies_all(&self) -> bool {
         self.0.verify
     }
@@ -92,6 +96,11 @@ impl Connection {
             return None;
         }
         timeout(deadline, came).await.ok()?.ok()
+    }
+
+    /// Becomes true when the daemon, or the way to it, is gone.
+    pub(super) fn over(&self) -> watch::Receiver<bool> {
+        self.0.over.subscribe()
     }
 
     /// Leaves, and waits a moment until the daemon has heard of it.
@@ -140,9 +149,12 @@ impl Inner {
                 break heard;
             }
             if self.is_leaving.load(Ordering::Acquire) {
-                let by = *leave_by.get_or_insert_with(|| Instant::now() + deadline::GRACE);
-                if self.calls.is_idle() || Instant::now() >= by {
-                    break self.say(ToDaemon::Leave);
+                // Views of former connections hold what this one has confirmed: the daemon is not left before they are gone.
+                if self.debts.holds_nothing() {
+                    let by = *leave_by.get_or_insert_with(|| Instant::now() + deadline::GRACE);
+                    if self.calls.is_idle() || Instant::now() >= by {
+                        break self.say(ToDaemon::Leave);
+                    }
                 }
             }
         };

@@ -1,26 +1,41 @@
-//! What is to be given back: leases that nobody reads any more, reservations that nobody will fill.
+//! What is held, and what is to be given back: leases that nobody reads any more, reservations that nobody will fill.
+//!
+//! These books outlive a connection. A daemon that was started again keeps what its clients held until they say so (`Confirm`): what is
+//! held here is named, and what was still to be given back is not, which gives it back.
 //!
 //! Whoever lets go only notes it here, which never waits: views are dropped wherever the caller happens to drop them. The next request
 //! takes the list along, or the connection's thread, which is woken when the list begins. So what is dropped together goes together.
 
+use std::collections::HashMap;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tender_proto::descriptors::EventFd;
-use tender_proto::door::{HOLDS_PER_ENTRY_MAX, HoldId, HoldKind, Request};
+use tender_proto::door::{self, HOLDS_PER_ENTRY_MAX, HoldId, HoldKind, Request};
 
-/// The list. It ends with the connection: then there is nobody to give anything back to.
-#[derive(Debug)]
-pub(super) struct Debts {
+/// The books of one client. Without a connection there is nobody to give anything back to.
+#[derive(Debug, Default)]
+pub(crate) struct Debts {
     owed: Mutex<Owed>,
-    wake: Arc<EventFd>,
 }
 
 #[derive(Debug, Default)]
 struct Owed {
     leases: Vec<HoldId>,
     reservations: Vec<HoldId>,
-    is_over: bool,
+    held: HashMap<HoldId, Place>,
+    /// Counts the daemons' host memories: a name of one means nothing, or something else, in the next.
+    life: u64,
+    /// Of the connection: signalled when there is something to give back.
+    wake: Option<Arc<EventFd>>,
+}
+
+/// Where what is held lies.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    kind: HoldKind,
+    segment: u32,
+    offset_bytes: u64,
 }
 
 /// What one request gives back.
@@ -35,21 +50,40 @@ pub(super) struct Due {
 pub(super) struct Held {
     kind: HoldKind,
     holds: Vec<HoldId>,
+    life: u64,
     debts: Arc<Debts>,
 }
 
 impl Debts {
-    /// `wake` is signalled when there is something to give back.
-    pub(super) fn new(wake: Arc<EventFd>) -> Arc<Self> {
-        Arc::new(Self { owed: Mutex::default(), wake })
+    /// A connection begins; `wake` is signalled when there is something to give back. What is held from before, to be confirmed.
+    pub(super) fn begin(&self, wake: &Arc<EventFd>) -> Vec<door::Held> {
+        let mut owed = self.lock();
+        owed.wake = Some(Arc::clone(wake));
+        (owed.leases, owed.reservations) = Default::default();
+        let held = owed.held.iter().map(|(&hold, &Place { kind, segment, offset_bytes })| door::Held {
+            hold,
+            segment,
+            offset_bytes,
+            kind,
+        });
+        held.collect()
+    }
+
+    /// Another daemon's memory: what is held is nobody's any more but this process's own.
+    pub(super) fn begin_anew(&self, wake: &Arc<EventFd>) {
+        let mut owed = self.lock();
+        *owed = Owed { wake: Some(Arc::clone(wake)), life: owed.life + 1, ..Owed::default() };
+    }
+
+    /// Which host memory names are of now.
+    pub(super) fn life(&self) -> u64 {
+        self.lock().life
     }
 
     /// Notes what is to be given back. Never waits.
-    pub(super) fn owe(&self, kind: HoldKind, holds: impl IntoIterator<Item = HoldId>) {
+    pub(super) fn owe(&self, life: u64, kind: HoldKind, holds: impl IntoIterator<Item = HoldId>) {
         let mut owed = self.lock();
-        if owed.is_over {
-            return;
-        }
+        let Some(wake) = owed.wake.clone().filter(|_| owed.life == life) else { return };
         let was_empty = owed.is_empty();
         match kind {
             HoldKind::Lease => owed.leases.extend(holds),
@@ -57,7 +91,7 @@ impl Debts {
         }
         let begins = was_empty && !owed.is_empty();
         drop(owed);
-        if begins && let Err(error) = self.wake.signal() {
+        if begins && let Err(error) = wake.signal() {
             tracing::debug!("what is not read any more is given back with the next request: {error}");
         }
     }
@@ -78,9 +112,37 @@ impl Debts {
         self.lock().is_empty()
     }
 
-    /// Nobody is there any more who could take anything.
-    pub(super) fn end(&self) {
-        *self.lock() = Owed { is_over: true, ..Owed::default() };
+    /// Whether nothing is held.
+    pub(super) fn holds_nothing(&self) -> bool {
+        self.lock().held.is_empty()
+    }
+
+    /// The connection of `wake` is over: nobody is there any more who could take anything, unless another one has begun.
+    pub(super) fn end(&self, wake: &Arc<EventFd>) {
+        let mut owed = self.lock();
+        if owed.wake.as_ref().is_some_and(|current| Arc::ptr_eq(current, wake)) {
+            (owed.leases, owed.reservations, owed.wake) = Default::default();
+        }
+    }
+
+    fn take(&self, holds: impl IntoIterator<Item = (HoldId, Place)>) {
+        self.lock().held.extend(holds);
+    }
+
+    fn let_go(&self, life: u64, holds: &[HoldId]) {
+        let mut owed = self.lock();
+        if owed.life != life {
+            return;
+        }
+        for hold in holds {
+            owed.held.remove(hold);
+        }
+        // Somebody may wait until nothing is held.
+        let wake = owed.wake.clone().filter(|_| owed.held.is_empty());
+        drop(owed);
+        if let Some(Err(error)) = wake.map(|wake| wake.signal()) {
+            tracing::debug!("the thread of a local door cannot be woken: {error}");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Owed> {
@@ -104,26 +166,39 @@ impl Due {
     }
 
     /// It was not taken: another time.
-    pub(super) fn owe_again(self, debts: &Debts) {
-        debts.owe(self.kind, self.holds);
+    pub(super) fn owe_again(self, debts: &Debts, life: u64) {
+        debts.owe(life, self.kind, self.holds);
     }
 }
 
 impl Held {
-    pub(super) fn new(kind: HoldKind, holds: Vec<HoldId>, debts: &Arc<Debts>) -> Self {
-        Self { kind, holds, debts: Arc::clone(debts) }
+    /// Holds of that host memory, each with its segment and offset.
+    pub(super) fn new(
+        life: u64,
+        kind: HoldKind,
+        holds: impl IntoIterator<Item = (HoldId, u32, u64)>,
+        debts: &Arc<Debts>,
+    ) -> Self {
+        let mut names = Vec::new();
+        let places = holds.into_iter().map(|(hold, segment, offset_bytes)| {
+            names.push(hold);
+            (hold, Place { kind, segment, offset_bytes })
+        });
+        debts.take(places.collect::<Vec<_>>());
+        Self { kind, holds: names, life, debts: Arc::clone(debts) }
     }
 
     /// The daemon has ended them: nothing is left to give back.
     pub(super) fn ended(mut self) {
-        self.holds.clear();
+        self.debts.let_go(self.life, &mem::take(&mut self.holds));
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         if !self.holds.is_empty() {
-            self.debts.owe(self.kind, mem::take(&mut self.holds));
+            self.debts.let_go(self.life, &self.holds);
+            self.debts.owe(self.life, self.kind, mem::take(&mut self.holds));
         }
     }
 }

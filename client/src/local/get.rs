@@ -110,8 +110,11 @@ impl Local {
             return Err(Failure::Gone);
         };
         let leased = blocks.into_iter().map(|block| {
-            let holds = block.parts.iter().map(|part| part.hold).collect();
-            Leased { lease: Held::new(HoldKind::Lease, holds, self.connection.debts()), block }
+            let holds = block.parts.iter().map(|part| (part.hold, part.segment, part.offset_bytes));
+            Leased {
+                lease: Held::new(self.connection.calls().life(), HoldKind::Lease, holds, self.connection.debts()),
+                block,
+            }
         });
         Ok((end, leased.collect()))
     }

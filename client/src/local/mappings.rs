@@ -10,7 +10,7 @@ use super::mapping::Mapping;
 
 /// Mappings of one connection.
 #[derive(Debug, Default)]
-pub(super) struct Mappings(Mutex<Table>);
+pub(super) struct Mappings(Arc<Mutex<Table>>);
 
 #[derive(Debug, Default)]
 struct Table {
@@ -55,6 +55,20 @@ impl Mappings {
         seekers.retain(|seeker| !seeker.is_closed());
         seekers.push(sender);
         Found::Awaited { came, is_first }
+    }
+
+    /// The same table once more.
+    pub(super) fn share(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+
+    /// Takes over what a former connection to the same memory has mapped, but for what is mapped anew at each greeting.
+    pub(super) fn inherit(&self, former: &Self) {
+        let known = former.lock().known.clone();
+        let mut table = self.lock();
+        for (mapping, memory) in known {
+            table.known.entry(mapping).or_insert(memory);
+        }
     }
 
     /// A file is mapped.

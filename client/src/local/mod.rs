@@ -31,9 +31,11 @@ use std::time::Duration;
 
 use tender_proto::BlockKey;
 use tender_proto::door::{Bitmap, KEYS_PER_ENTRY_MAX, Prefetched, Reply, Request, Residency};
+use tokio::sync::watch;
 
 use self::connection::Connection;
 pub(crate) use self::get::{Came, Wanted};
+pub(crate) use self::opening::Estate;
 pub(crate) use self::view::LeasedBytes;
 use crate::failure::Failure;
 
@@ -48,8 +50,9 @@ impl Local {
     pub(crate) const KEYS_MAX: usize = KEYS_PER_ENTRY_MAX;
 
     /// Opens the door beside the socket of gRPC. An error says why everything goes over gRPC instead.
-    pub(crate) async fn open(socket: &Path, attachment: u64) -> io::Result<Self> {
-        Ok(Self { connection: Arc::new(opening::open(socket, attachment).await?) })
+    /// `estate` is the client's own, the same for all its attachments one after the other.
+    pub(crate) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -> io::Result<Self> {
+        Ok(Self { connection: Arc::new(opening::open(socket, attachment, estate).await?) })
     }
 
     pub(crate) async fn lookup(&self, keys: &[BlockKey], deadline: Duration) -> Result<Residency, Failure> {
@@ -80,6 +83,11 @@ impl Local {
             Reply::Purged { purged_blocks, busy_blocks } => Ok((purged_blocks, busy_blocks)),
             _ => Err(Failure::Gone),
         }
+    }
+
+    /// Becomes true when the daemon, or the way to it, is gone.
+    pub(crate) fn over(&self) -> watch::Receiver<bool> {
+        self.connection.over()
     }
 
     /// Leaves, and waits a moment until the daemon has heard of it. Not while views are held: then the last of them leaves, and this says

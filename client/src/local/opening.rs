@@ -4,10 +4,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tender_proto::descriptors::{self, EventFd, Process};
+use tender_proto::door::{CONFIRMS_PER_ENTRY_MAX, Held, Reply, Request};
 use tender_proto::greeting::{self, MESSAGE_BYTES, SHARED_MAPPING, SOCKET_SUFFIX, ToClient, ToDaemon};
 use tender_proto::ring::{ClientRing, RingMemory};
 use tokio::net::UnixStream;
@@ -25,13 +26,52 @@ use crate::deadline;
 /// With `Opened`: ring, doorbell, bell, shared file.
 const DESCRIPTORS: usize = 4;
 
-/// Opens the door beside `socket` for an attachment that was made over gRPC. An error says why everything goes over gRPC instead.
-pub(super) async fn open(socket: &Path, attachment: u64) -> io::Result<Connection> {
+/// What outlives a connection: books, and what was mapped, for when the daemon was started again.
+#[derive(Debug, Default)]
+pub(crate) struct Estate {
+    debts: Arc<Debts>,
+    former: Mutex<Option<Former>>,
+}
+
+/// The connection before.
+#[derive(Debug)]
+struct Former {
+    attachment: u64,
+    /// Which file shared memory was. It stays mapped here, so that no other file gets its number.
+    file: (u64, u64),
+    mappings: Mappings,
+}
+
+/// Opens the door beside `socket` for an attachment that was made over gRPC, and confirms what is held from before. An error says why
+/// everything goes over gRPC instead.
+pub(super) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -> io::Result<Connection> {
     let until = Instant::now() + deadline::DOOR;
     let connecting = timeout(deadline::DOOR, UnixStream::connect(beside(socket)));
     let socket = connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??.into_std()?;
-    let greeting = spawn_blocking(move || greet(socket, attachment, until));
-    greeting.await.map_err(io::Error::other)?
+    let estate = Arc::clone(estate);
+    let greeting = spawn_blocking(move || greet(socket, attachment, &estate, until));
+    let (connection, held) = greeting.await.map_err(io::Error::other)??;
+    if let Some(held) = held {
+        confirm(&connection, &held).await?;
+    }
+    Ok(connection)
+}
+
+/// Says what is held. What the daemon does not know any more can be read no longer than until somebody else gets the slot: there is
+/// nobody to be told but the log.
+async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {
+    // What is not named is given back with the last, which names nothing.
+    for piece in held.chunks(CONFIRMS_PER_ENTRY_MAX).chain([&[][..]]) {
+        let reply = connection.calls().ask(&Request::Confirm(piece.into()), deadline::DOOR).await;
+        let Ok(Reply::Confirmed(confirmed)) = reply else {
+            return Err(io::Error::other("the daemon does not confirm what is held"));
+        };
+        let lost = piece.len() - confirmed.count_ones();
+        if lost > 0 {
+            tracing::warn!(lost, "what was leased before the daemon was started again is not any more");
+        }
+    }
+    Ok(())
 }
 
 fn beside(socket: &Path) -> PathBuf {
@@ -40,8 +80,16 @@ fn beside(socket: &Path) -> PathBuf {
     path.into()
 }
 
-fn greet(socket: std::os::unix::net::UnixStream, attachment: u64, until: Instant) -> io::Result<Connection> {
-    let open = ToDaemon::Open { attachment, former: 0 }.encode();
+/// The connection, and what is to be confirmed if there was one before.
+fn greet(
+    socket: std::os::unix::net::UnixStream,
+    attachment: u64,
+    estate: &Estate,
+    until: Instant,
+) -> io::Result<(Connection, Option<Vec<Held>>)> {
+    let mut before = estate.former.lock().unwrap_or_else(PoisonError::into_inner);
+    let former = before.as_ref().map_or(0, |former| former.attachment);
+    let open = ToDaemon::Open { attachment, former }.encode();
     descriptors::send(socket.as_fd(), &open, &[Process::open_self()?.as_fd()], until)?;
     let mut message = [0; MESSAGE_BYTES];
     let came = descriptors::receive(socket.as_fd(), &mut message, DESCRIPTORS, until)?;
@@ -55,10 +103,23 @@ fn greet(socket: std::os::unix::net::UnixStream, attachment: u64, until: Instant
     let ring = ClientRing::open(RingMemory::map(ring.as_fd())?).map_err(invalid)?;
     let mappings = Mappings::default();
     mappings.came(SHARED_MAPPING, Arc::new(Mapping::shared(&shared, shared_bytes)?));
+    let stat = rustix::fs::fstat(&shared)?;
+    let file = (stat.st_dev, stat.st_ino);
     let wake = Arc::new(EventFd::new()?);
-    let debts = Debts::new(Arc::clone(&wake));
+    let debts = Arc::clone(&estate.debts);
+    let held = match &*before {
+        Some(former) if former.file == file => {
+            mappings.inherit(&former.mappings);
+            Some(debts.begin(&wake))
+        }
+        // Its host memory is another: names of former memory mean nothing there.
+        _ => {
+            debts.begin_anew(&wake);
+            None
+        }
+    };
     let calls = Calls::new(attachment, ring, EventFd::from_fd(doorbell)?, Arc::clone(&wake), Arc::clone(&debts));
-    Connection::start(Inner {
+    let connection = Connection::start(Inner {
         calls,
         debts,
         mappings,
@@ -69,7 +130,9 @@ fn greet(socket: std::os::unix::net::UnixStream, attachment: u64, until: Instant
         sending: Mutex::new(()),
         is_leaving: AtomicBool::new(false),
         over: watch::Sender::new(false),
-    })
+    })?;
+    *before = Some(Former { attachment, file, mappings: connection.mappings().share() });
+    Ok((connection, held))
 }
 
 fn invalid(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {

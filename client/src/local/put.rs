@@ -86,7 +86,9 @@ impl Local {
         let Reply::Reserved(outcomes) = self.ask(&request, deadline).await? else { return Err(Failure::Gone) };
         let reserved = outcomes.into_iter().map(|outcome| match outcome {
             ReserveOutcome::Granted { hold, extent } => {
-                let reservation = Held::new(HoldKind::Reservation, vec![hold], self.connection.debts());
+                let held = [(hold, extent.segment, extent.offset_bytes)];
+                let reservation =
+                    Held::new(self.connection.calls().life(), HoldKind::Reservation, held, self.connection.debts());
                 Reserved::Granted(extent, hold, reservation)
             }
             ReserveOutcome::AlreadyPresent => Reserved::Not(PutOutcome::AlreadyPresent),

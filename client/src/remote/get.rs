@@ -60,7 +60,7 @@ impl Remote {
 impl Run<'_> {
     /// Asks until all is there or something ends the run; goes on over another link, once, where one breaks.
     async fn fill(&mut self, links: &Arc<Links>) -> GetEnd {
-        let Ok(mut link) = links.current() else { return GetEnd::Unavailable };
+        let Ok(mut link) = links.ready().await else { return GetEnd::Unavailable };
         let mut is_second = false;
         while self.blocks.len() < self.keys.len() {
             match self.fill_some(&link).await {

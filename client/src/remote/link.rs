@@ -23,7 +23,7 @@ use tonic::transport::Channel;
 use super::Doors;
 use super::connection::Door;
 use crate::failure::Failure;
-use crate::local::Local;
+use crate::local::{Estate, Local};
 use crate::{Attach, AttachError, Terms, deadline};
 
 /// What a daemon that names no limit is taken to hold.
@@ -58,6 +58,7 @@ impl Link {
         doors: Doors,
         attach: &Attach,
         expected: Option<&BlockKey>,
+        estate: &Arc<Estate>,
     ) -> Result<(Self, Terms), AttachError> {
         let channel = door.connect().await?;
         let request = wire::AttachRequest {
@@ -74,7 +75,7 @@ impl Link {
         let or = |value: u64, default: usize| if value == 0 { default } else { value as usize };
         let request_bytes_max = or(reply.request_bytes_max, MESSAGE_BYTES_DEFAULT).max(2 * MESSAGE_OVERHEAD_BYTES);
         let local = match (doors, door.socket()) {
-            (Doors::Ring, Some(socket)) => open(socket, reply.attachment).await,
+            (Doors::Ring, Some(socket)) => open(socket, reply.attachment, estate).await,
             _ => None,
         };
         let keys_max = if local.is_some() { terms.keys_max.min(Local::KEYS_MAX) } else { terms.keys_max };
@@ -118,8 +119,8 @@ impl Link {
 }
 
 /// The local door, where there is one. A daemon without it is no fault: gRPC carries all of it.
-async fn open(socket: &Path, attachment: u64) -> Option<Local> {
-    let opened = Local::open(socket, attachment).await;
+async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -> Option<Local> {
+    let opened = Local::open(socket, attachment, estate).await;
     opened.inspect_err(|error| tracing::debug!("no local door, everything goes over gRPC: {error}")).ok()
 }
 
@@ -150,6 +151,8 @@ pub(super) struct Links {
     doors: Doors,
     attach: Attach,
     root: BlockKey,
+    /// What is held in shared memory, over all links.
+    estate: Arc<Estate>,
     state: watch::Sender<State>,
 }
 
@@ -163,9 +166,26 @@ struct State {
 }
 
 impl Links {
-    pub(super) fn new(door: Door, doors: Doors, link: Link, terms: &Terms) -> Arc<Self> {
+    pub(super) fn new(door: Door, doors: Doors, link: Link, terms: &Terms, estate: Arc<Estate>) -> Arc<Self> {
         let state = State { link: Some(Arc::new(link)), failed_attempts: 0, is_attaching: false };
-        Arc::new(Self { door, doors, attach: terms.attach.clone(), root: terms.root, state: watch::Sender::new(state) })
+        let (attach, state) = (terms.attach.clone(), watch::Sender::new(state));
+        let links = Arc::new(Self { door, doors, attach, root: terms.root, estate, state });
+        links.heed();
+        links
+    }
+
+    /// Attaches anew as soon as the ring in use is over, also while nobody asks anything: what is held in shared memory is to be confirmed.
+    fn heed(self: &Arc<Self>) {
+        let Some(link) = self.state.borrow().link.clone() else { return };
+        let Some(mut over) = link.local.as_ref().map(Local::over) else { return };
+        let (link, links) = (Arc::downgrade(&link), Arc::downgrade(self));
+        tokio::spawn(async move {
+            // Its end without a word is an end as well.
+            let _ = over.wait_for(|over| *over).await;
+            if let (Some(link), Some(links)) = (link.upgrade(), links.upgrade()) {
+                links.lose(&link);
+            }
+        });
     }
 
     /// The door in use, or the one wished for.
@@ -187,9 +207,22 @@ impl Links {
         })
     }
 
+    /// The link, or the one that the first attempt to attach anew brings.
+    pub(super) async fn ready(self: &Arc<Self>) -> Result<Arc<Link>, Failure> {
+        match self.current() {
+            Ok(link) => Ok(link),
+            Err(_) => self.settled().await,
+        }
+    }
+
     /// After a call over `dead` failed: another link, if one is to be had soon.
     pub(super) async fn another(self: &Arc<Self>, dead: &Arc<Link>) -> Result<Arc<Link>, Failure> {
         self.lose(dead);
+        self.settled().await
+    }
+
+    /// What the first attempt to attach anew brought, if it ends soon.
+    async fn settled(&self) -> Result<Arc<Link>, Failure> {
         let mut state = self.state.subscribe();
         let settled = state.wait_for(|state| state.link.is_some() || state.failed_attempts > 0);
         match timeout(deadline::RECONNECT_WAIT, settled).await {
@@ -228,7 +261,7 @@ impl Links {
     }
 
     async fn attempt(&self) -> Result<Link, AttachError> {
-        let (link, terms) = Link::attach(&self.door, self.doors, &self.attach, Some(&self.root)).await?;
+        let (link, terms) = Link::attach(&self.door, self.doors, &self.attach, Some(&self.root), &self.estate).await?;
         if terms.root != self.root {
             // Keys given out were derived from the old root: under the new one they would name nothing.
             tracing::error!("the daemon came back with another salt for this tenant; attach anew to use it");
@@ -284,6 +317,7 @@ impl Attaching {
                         state.link = Some(Arc::new(link));
                         state.is_attaching = false;
                     });
+                    links.heed();
                     return;
                 }
                 Err(error) => {

@@ -66,8 +66,9 @@ impl Remote {
         doors: Doors,
     ) -> Result<Self, AttachError> {
         let door = Door::new(target, token)?;
-        let (link, terms) = Link::attach(&door, doors, &attach, None).await?;
-        let links = Links::new(door, doors, link, &terms);
+        let estate = Arc::default();
+        let (link, terms) = Link::attach(&door, doors, &attach, None, &estate).await?;
+        let links = Links::new(door, doors, link, &terms, estate);
         Ok(Self { terms: Arc::new(terms), links, deadline: deadline::REQUEST })
     }
 
@@ -96,7 +97,7 @@ impl Remote {
         F: Future<Output = Result<T, Failure>>,
     {
         let calls = async {
-            let link = self.links.current()?;
+            let link = self.links.ready().await?;
             let answer = call(Arc::clone(&link)).await;
             let Err(failure) = answer else { return answer };
             if !failure.wants_attach() {

@@ -79,7 +79,7 @@ impl Remote {
     async fn put_streamed(&self, put: &Put<'_>) -> Result<Vec<PutOutcome>, Failure> {
         let block_tokens = self.terms.attach.namespace.block_tokens as usize;
         let header_tokens = if put.tokens.is_empty() { 0 } else { block_tokens };
-        let link = self.links.current()?;
+        let link = self.links.ready().await?;
         let keys_max = link.put_keys_max(header_tokens, self.terms.shard_bytes(put.shard.count));
         let put = put.piece(0, keys_max, block_tokens);
         let deadline = self.put_deadline(&put);

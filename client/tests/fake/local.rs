@@ -194,7 +194,7 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     let mut message = [0; MESSAGE_BYTES];
     // Who connects and goes again, at the end of a test, wants nothing.
     let Ok(came) = descriptors::receive(socket.as_fd(), &mut message, 1, soon()) else { return };
-    let Ok(ToDaemon::Open { attachment, former: 0 }) = ToDaemon::decode(&message) else { panic!("{message:?}") };
+    let Ok(ToDaemon::Open { attachment, former: _ }) = ToDaemon::decode(&message) else { panic!("{message:?}") };
     let process = Process::from_fd(came.into_iter().next().unwrap()).unwrap();
     assert!(process.same_process(rustix::process::getpid()));
     let say = |said: ToClient, fds: &[&OwnedFd]| {

@@ -102,7 +102,11 @@ impl Client {
             Request::Durable(keys) => Reply::Durable(store.lookup(&keys).await.host.into_iter().collect::<Bitmap>()),
             Request::Purge(keys) => purged(store, Purge::Keys(&keys)).await,
             Request::PurgeNamespace => purged(store, Purge::Namespace).await,
-            Request::Confirm(_) => panic!("nobody confirms"),
+            Request::Confirm(held) => {
+                let script = self.script.lock().unwrap();
+                let is_held = |held: &tender_client::proto::door::Held| script.held.contains_key(&held.hold.0);
+                Reply::Confirmed(held.iter().map(is_held).collect())
+            }
         }
     }
 

@@ -399,7 +399,7 @@ impl Core {
     pub(super) fn take_over(&mut self, former: AttachmentId, attachment: AttachmentId) {
         let of_former = |(_, grant): &(Hold, Grant)| grant.holder.attachment == former;
         let holds: Vec<Hold> = self.grants.all().filter(of_former).map(|(hold, _)| hold).collect();
-        for hold in holds {
+        for &hold in &holds {
             self.grants.hand_over(hold, attachment);
             if let Some(records) = &mut self.host.records {
                 records.set_grant_attachment(hold, attachment);
@@ -419,7 +419,8 @@ impl Core {
         if is_left {
             self.give_up_segments(former, false);
         }
-        let holds = self.limbo.unconfirmed.remove(&former).unwrap_or_default();
+        // Also what it had confirmed, or was granted since: it says anew what it holds.
+        self.limbo.unconfirmed.remove(&former);
         self.limbo.unconfirmed.entry(attachment).or_default().extend(holds);
         self.attachments.local_gone(former);
         self.forget_member(former);

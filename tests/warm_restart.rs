@@ -1,0 +1,105 @@
+//! The worker is killed; host memory and what clients hold in it are as they were.
+
+#[expect(dead_code, reason = "each test file uses what it needs")]
+mod support;
+
+use support::blocks::{Run, attach_to};
+use support::site::{Running, Site};
+use support::{children_of, runs, signal, wait_until};
+use tender_client::proto::wire::Tier as WireTier;
+use tender_client::proto::{BlockLayout, Shard};
+use tender_client::{BlockStore, BlockView, Doors, GetEnd, Remote, Tier};
+
+/// Of two tenants; no disk, so that what is hit was in host memory.
+fn site() -> Site {
+    Site::of_two_tenants(&["--host", "64MiB", "--disk", "0"])
+}
+
+/// kill -9 of the worker; returns when the next one runs.
+fn kill_worker(daemon: &Running) {
+    let worker = children_of(daemon.id())[0];
+    signal(worker, "KILL");
+    wait_until("the end of the worker", || !runs(worker));
+    wait_until("the next worker", || children_of(daemon.id()).iter().any(|child| *child != worker));
+}
+
+async fn view(run: &Run, store: &Remote) -> Vec<BlockView> {
+    let got = store.get(&run.keys, Shard::WHOLE).await;
+    assert_eq!((got.end, got.blocks.len()), (GetEnd::Complete, run.keys.len()));
+    got.blocks
+}
+
+fn unchanged(run: &Run, views: &[BlockView]) {
+    for (block, view) in views.iter().enumerate() {
+        assert!(view.equals(&run.payload(block)), "leased block {block} has changed");
+    }
+}
+
+/// Writes so many arenas full of other blocks, over gRPC and in place.
+async fn overwrite(store: &Remote, times: u32, seed: u32) {
+    let bytes = store.terms().shard_bytes(1);
+    let blocks = (64 << 20) / bytes / 8;
+    for i in 0..times * 8 {
+        let run = Run::new(store, seed + i, blocks);
+        let _as_far_as_there_is_room = run.put_in(store, 1).await;
+    }
+}
+
+/// Two tenants, two sizes of blocks, two groups.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used_again() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    let small = site.attach(attach_to("small", BlockLayout::opaque(16 << 10))).await;
+    let large = site.attach_other(attach_to("large", BlockLayout::opaque(100_000))).await;
+    assert_eq!((small.door(), large.door()), (Doors::Ring, Doors::Ring));
+    let (runs_small, run_large) = (Run::new(&small, 1, 250), Run::new(&large, 2, 40));
+    runs_small.put(&small).await;
+    run_large.put(&large).await;
+    let (views_small, views_large) = (view(&runs_small, &small).await, view(&run_large, &large).await);
+    let leased = |views: &[BlockView]| views.iter().filter(|view| view.is_leased()).count();
+    assert!(leased(&views_small) > 100 && leased(&views_large) > 20, "nothing is leased in place");
+    kill_worker(&daemon);
+    unchanged(&runs_small, &views_small);
+    // Still held before anybody has come back: others fill memory meanwhile.
+    let other = site.attach_other(attach_to("other", BlockLayout::opaque(16 << 10))).await;
+    overwrite(&other, 3, 1_000).await;
+    unchanged(&runs_small, &views_small);
+    unchanged(&run_large, &views_large);
+    // They come back, and say what they hold.
+    assert!(small.lookup(&runs_small.keys).await.prefix_blocks > 0);
+    assert!(large.lookup(&run_large.keys).await.prefix_blocks > 0);
+    overwrite(&small, 3, 5_000).await;
+    overwrite(&large, 3, 9_000).await;
+    unchanged(&runs_small, &views_small);
+    unchanged(&run_large, &views_large);
+    // And once more.
+    kill_worker(&daemon);
+    overwrite(&other, 2, 20_000).await;
+    unchanged(&runs_small, &views_small);
+    unchanged(&run_large, &views_large);
+    drop((views_small, views_large));
+    let began = std::time::Instant::now();
+    while daemon.tier(WireTier::Host).await.leased_slots > 0 {
+        assert!(began.elapsed() < support::PATIENCE, "leases are left over");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_in_host_memory_are_hit_there_after_the_worker_was_killed() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let other = site.attach_other(attach_to("two", BlockLayout::opaque(70_000))).await;
+    let (run, run_other) = (Run::new(&store, 1, 500), Run::new(&other, 2, 50));
+    run.put(&store).await;
+    run_other.put(&other).await;
+    for _ in 0..3 {
+        kill_worker(&daemon);
+        run.expect(&store, Some(Tier::Host)).await;
+        run_other.expect(&other, Some(Tier::Host)).await;
+    }
+    daemon.stop();
+}
