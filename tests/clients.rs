@@ -7,7 +7,7 @@ mod support;
 use support::blocks::{Run, attach_to};
 use support::site::{Site, TOKEN, free_address};
 use tender_client::proto::{BlockLayout, Namespace};
-use tender_client::{Attach, InMemory, Null, Remote, Target};
+use tender_client::{Attach, Doors, InMemory, Null, Remote, Target};
 
 fn any() -> Attach {
     Attach {
@@ -33,10 +33,24 @@ async fn null_keeps_its_promises() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_through_its_ring_keeps_its_promises() {
+    over_the_socket(Doors::Ring).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemon_over_its_socket_keeps_its_promises() {
+    over_the_socket(Doors::Grpc).await;
+}
+
+async fn over_the_socket(doors: Doors) {
     let site = Site::new(&TIERS);
     let daemon = site.start();
-    conformance::suite(async |attach| site.attach(attach).await, true).await;
+    let attach = async |attach| {
+        let store = Remote::attach_by(site.target(), None, attach, doors).await.unwrap();
+        assert_eq!(store.door(), doors);
+        store
+    };
+    conformance::suite(attach, true).await;
     daemon.at_rest().await;
     daemon.stop();
 }
