@@ -37,10 +37,15 @@ pub struct Run {
 impl Run {
     /// Runs of different `seed` share no block.
     pub fn new(store: &impl BlockStore, seed: u32, blocks: usize) -> Self {
+        let terms = store.terms();
+        Self::under(terms.root, seed, blocks, terms.shard_bytes(1))
+    }
+
+    /// The same run, by the root of a namespace.
+    pub fn under(root: BlockKey, seed: u32, blocks: usize, block_bytes: usize) -> Self {
         let count = blocks as u32 * BLOCK_TOKENS;
         let tokens: Vec<u32> = (0..count).map(|token| seed.wrapping_mul(0x9e37_79b9).wrapping_add(token)).collect();
-        let terms = store.terms();
-        Self { parent: terms.root, keys: terms.chain(&tokens), tokens, block_bytes: terms.shard_bytes(1) }
+        Self { parent: root, keys: root.chain(&tokens, BLOCK_TOKENS), tokens, block_bytes }
     }
 
     pub fn payload(&self, block: usize) -> Bytes {

@@ -1,0 +1,74 @@
+//! Clients that are killed, or stopped, with leases and half-written blocks.
+
+use tender_client::proto::wire::Tier;
+use tender_client::{BlockStore, Lookup};
+
+use crate::actor::{Actor, attach_line};
+use crate::support::blocks::Run;
+use crate::support::site::TOKEN;
+use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_client_leaves_no_lease_and_nothing_half_written_and_what_it_committed_stays() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    for (is_other, model, block_bytes) in [(false, "large", LARGE), (true, "small", SMALL)] {
+        let token = is_other.then_some(TOKEN);
+        let witness = client(&site, is_other, attach_as("witness", model, block_bytes)).await;
+        let (theirs, own, half) = (Run::new(&witness, 1, 20), Run::new(&witness, 2, 20), Run::new(&witness, 3, 8));
+        theirs.put(&witness).await;
+        let mut doomed = Actor::start(site.path(model));
+        doomed.expect(&attach_line(&site.socket(), token, "doomed", model, block_bytes), "attached");
+        doomed.expect("put 2 20", "stored 20");
+        doomed.expect("lease 1 20", "leased 20");
+        doomed.expect("half 3 8", "granted 8");
+        let host = daemon.tier(Tier::Host).await;
+        assert!(host.leased_slots >= 20 && host.busy_slots >= 8, "{host:?}");
+        doomed.kill();
+        daemon.at_rest().await;
+        let Lookup { prefix_blocks, .. } = witness.lookup(&half.keys).await;
+        assert_eq!(prefix_blocks, 0, "half of a block was published");
+        half.expect_nothing(&witness).await;
+        own.expect(&witness, None).await;
+        theirs.expect(&witness, None).await;
+        half.put(&witness).await;
+        half.expect(&witness, None).await;
+    }
+    daemon.at_rest().await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_client_keeps_its_leases_and_goes_on() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    let mut stopped = Vec::new();
+    let mut writers = Vec::new();
+    for (is_other, model, block_bytes) in [(false, "large", LARGE), (true, "small", SMALL)] {
+        let token = is_other.then_some(TOKEN);
+        let writer = client(&site, is_other, attach_as("writer", model, block_bytes)).await;
+        Run::new(&writer, 1, 30).put(&writer).await;
+        let mut actor = Actor::start(site.path(model));
+        actor.expect(&attach_line(&site.socket(), token, "stopped", model, block_bytes), "attached");
+        actor.expect("lease 1 30", "leased 30");
+        actor.signal("STOP");
+        stopped.push(actor);
+        writers.push(writer);
+    }
+    for writer in &writers {
+        store_bytes(writer, 1000, 2 * HOST_BYTES / writers.len() as u64).await;
+    }
+    assert_eq!(daemon.tier(Tier::Host).await.leased_slots, 60);
+    for actor in &mut stopped {
+        actor.signal("CONT");
+        actor.expect("check", "right");
+        actor.expect("put 2 8", "stored 8");
+        actor.expect("lease 2 8", "leased 8");
+        actor.expect("check", "right");
+    }
+    for actor in stopped {
+        actor.kill();
+    }
+    daemon.at_rest().await;
+    daemon.stop();
+}
