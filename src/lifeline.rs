@@ -16,12 +16,10 @@ pub fn die_with(parent: u32) -> Result<(), Failure> {
     if is_ours { Ok(()) } else { Err(Failure::Interrupted) }
 }
 
-/// Asks a process to end.
-pub fn ask_to_end(process_id: u32) {
-    // A process that is gone already needs no signal.
-    if let Some(pid) = i32::try_from(process_id).ok().and_then(Pid::from_raw) {
-        let _ = rustix::process::kill_process(pid, Signal::TERM);
-    }
+/// Kills a process with kill -9; whether it was there.
+pub fn kill(process_id: u32) -> bool {
+    let pid = i32::try_from(process_id).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| rustix::process::kill_process(pid, Signal::KILL).is_ok())
 }
 
 /// Waits for Ctrl-C or a request to end.

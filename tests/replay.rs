@@ -208,6 +208,56 @@ fn a_folder_that_cannot_be_had_is_named_with_the_cure() {
     assert!(said.contains("free some") && said.contains("smaller --disk"), "{said}");
 }
 
+#[test]
+fn both_doors_find_the_same() {
+    let (folder, scratch) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (trace, chains) = write_mooncake(&folder, 200);
+    let (hits_expected, _) = hits_without_limits(&chains);
+    for door in ["ring", "grpc"] {
+        // One after the other, as in the trace: none asks for a block that another one is still putting.
+        let mut command = replay(&trace, &scratch);
+        command.args(["--door", door, "--speed", "1x", "--clients", "1", "--concurrency", "1"]);
+        let object = last_object(&run(&mut command));
+        assert_eq!(object["door"], door, "{object}");
+        assert_eq!((number(&object, "requests"), number(&object, "wrong_blocks")), (200, 0), "{door}");
+        assert_eq!(hits(&object), hits_expected, "{door}: {object}");
+    }
+}
+
+#[test]
+fn a_replay_goes_on_through_the_deaths_of_workers_and_clients() {
+    let (folder, scratch) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (trace, _) = write_mooncake(&folder, 800);
+    let mut command = replay(&trace, &scratch);
+    command.args(["--speed", "1x", "--kill-worker-every", "2", "--kill-client-every", "1"]);
+    let object = last_object(&run(&mut command));
+    assert_eq!((number(&object, "requests"), number(&object, "wrong_blocks")), (800, 0), "{object}");
+    assert!(number(&object, "killed_workers") > 0 && number(&object, "killed_clients") > 0, "{object}");
+    assert!(number(&object, "hit_blocks_host") > 0, "{object}");
+    assert!(is_empty(&scratch), "something was left behind");
+}
+
+#[test]
+fn sessions_of_a_killed_client_are_ended_by_another() {
+    let (folder, scratch) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (trace, requests, blocks) = write_sessions(&folder, 6);
+    let mut command = replay(&trace, &scratch);
+    command.args(["--speed", "60x", "--concurrency", "6", "--kill-client-every", "0.5"]);
+    let object = last_object(&run(&mut command));
+    assert_eq!((number(&object, "requests"), number(&object, "blocks")), (requests, blocks), "{object}");
+    assert!(number(&object, "killed_clients") > 0 && number(&object, "wrong_blocks") == 0, "{object}");
+}
+
+#[test]
+fn only_a_daemon_of_its_own_is_killed() {
+    let folder = TempDir::new().unwrap();
+    let (trace, _) = write_mooncake(&folder, 5);
+    for flag in ["--kill-worker-every", "--kill-client-every"] {
+        let output = run(tender().arg("replay").arg(&trace).args([flag, "5", "--socket", "/nowhere/tender.sock"]));
+        assert_eq!(output.status.code(), Some(2), "{flag}: {}", stderr(&output));
+    }
+}
+
 /// Starts a replay that lasts, and waits until its daemon and both clients are there; tells its children.
 fn long_replay(folder: &TempDir, scratch: &TempDir) -> (std::process::Child, Vec<u32>) {
     let (trace, _) = write_mooncake(folder, 20_000);

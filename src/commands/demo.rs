@@ -1,48 +1,50 @@
 //! `tender demo`: the store at work, in under a minute, with nothing to prepare.
 //!
-//! Generated agent sessions go through a small host tier and a disk tier of a daemon of its own. Halfway the daemon is stopped and
-//! started again on the same folder: the clients stay as they are, and what comes back afterwards comes from disk. Every byte of
-//! every block is compared.
+//! Generated agent sessions go through a small host tier and a disk tier of a daemon of its own. Halfway, in the middle of the work, a
+//! client process and the daemon's worker are killed with kill -9: another client goes on with the sessions, another worker with host
+//! memory as it was. Every byte of every block is compared.
 
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use tender_client::proto::{BlockLayout, Shard};
-use tender_client::{Attach, BlockStore as _, GetEnd, Remote};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tender_client::proto::wire;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::connect::Connection;
+use crate::connect::{Connection, Door};
 use crate::failure::Failure;
-use crate::lifeline::interrupted;
+use crate::lifeline::{interrupted, kill};
 use crate::output::{Output, table};
-use crate::replay::client::namespace;
+use crate::replay::crew::{Crew, Heard};
 use crate::replay::daemon::{Daemon, DaemonPlan};
+use crate::replay::kills::ANSWER_TIME_MAX;
 use crate::replay::process::random_bytes;
+use crate::replay::protocol::{FromClient, SessionJob, Setup, ToClient};
 use crate::replay::report::Report;
-use crate::replay::request::{Served, Server};
-use crate::replay::session::RunningSession;
 use crate::scratch::Scratch;
 use crate::trace::generate::Workload;
+use crate::trace::session_json;
 use crate::units;
 
-/// Holds about a third of the sessions' blocks, so that the disk has work to do before the restart too.
+/// Holds about a third of the sessions' blocks, so that the disk has work to do too.
 const HOST_BYTES: u64 = 256 << 20;
 const DISK_BYTES: u64 = 2 << 30;
 /// Room for blocks, directory pages and the log.
 const FREE_BYTES_NEEDED: u64 = DISK_BYTES + (256 << 20);
 const BLOCK_BYTES: u64 = 64 << 10;
+const CLIENTS: usize = 2;
 /// Requests at once: enough to overlap the daemon's work with ours on two processors.
 const REQUESTS_AT_ONCE: usize = 4;
-/// Each half ends by then on a slow machine, done or not: with two starts and a stop the whole stays below 45 s.
+/// No request is begun later, on a slow machine: with a start and two kills the whole stays below 45 s.
+const TIME_MAX: Duration = Duration::from_secs(28);
+/// The kills come by then, however much is done.
 const HALF_TIME_MAX: Duration = Duration::from_secs(13);
-const RECONNECT_TIME_MAX: Duration = Duration::from_secs(10);
 
-/// Runs a generated agent workload through a temporary daemon, restarts it halfway, and compares every byte.
+/// Runs a generated agent workload through a temporary daemon, kills a client and the daemon's worker halfway, and compares every byte.
+/// Fails if one was wrong, or if host memory was not found again.
 #[derive(Args, Debug)]
 pub struct Demo {
     /// Where to make the temporary folder [default: the first with room of TMPDIR, /var/tmp, here, /tmp]
@@ -59,10 +61,29 @@ pub struct Demo {
 struct Outcome {
     before: Report,
     after: Report,
-    stopped: Duration,
+    kept: Kept,
     /// Requests that a slow machine had no time for.
-    left: usize,
+    left: u64,
     direct: String,
+}
+
+/// What became of host memory.
+struct Kept {
+    blocks_before: u64,
+    /// As soon as another worker answered.
+    blocks_after: u64,
+    /// Until then.
+    time: Duration,
+}
+
+impl Outcome {
+    /// Whether the daemon did what the demo is to show.
+    fn is_good(&self) -> bool {
+        let wrong = self.before.tally.wrong_blocks + self.after.tally.wrong_blocks;
+        // A few blocks may have come anew before another worker was asked; half of all cannot have.
+        let was_kept = self.kept.blocks_after > self.kept.blocks_before / 2 && self.after.tally.hit_blocks_host > 0;
+        wrong == 0 && was_kept
+    }
 }
 
 impl Demo {
@@ -81,11 +102,12 @@ impl Demo {
         let outcome = shown?;
         removed?;
         self.show(&outcome, &file_system)?;
-        let wrong = outcome.before.tally.wrong_blocks + outcome.after.tally.wrong_blocks;
-        if wrong > 0 { Err(Failure::Bad) } else { Ok(()) }
+        if outcome.is_good() { Ok(()) } else { Err(Failure::Bad) }
     }
 
     async fn demonstrate(&self, scratch: &Scratch) -> Result<Outcome, Failure> {
+        let workload = Workload { seed: self.seed, ..Workload::default() };
+        let (jobs, requests) = write_sessions(&workload, scratch)?;
         let plan = DaemonPlan {
             folder: scratch.path().to_owned(),
             host_bytes: HOST_BYTES,
@@ -95,27 +117,32 @@ impl Demo {
         let mut daemon = Daemon::start(&plan).await?;
         let connection = Connection { socket: Some(daemon.socket.clone()), ..Connection::default() };
         let direct = direct_finding(&connection, scratch).await?;
-        let workload = Workload { seed: self.seed, ..Workload::default() };
-        let server = Arc::new(attach(&connection, &workload).await?);
-        let mut sessions: Vec<_> =
-            workload.all().map(|session| RunningSession::new(session, usize::MAX, &*server)).collect();
-        let requests: usize = sessions.iter().map(RunningSession::left).sum();
-        eprintln!("{} sessions with {requests} requests; half of each, a restart, then the rest", sessions.len());
-
-        let before = while_alive(&mut daemon, half(&server, &mut sessions, |left| left / 2)).await?;
-        let stopping = Instant::now();
-        daemon.restart().await?;
-        while_alive(&mut daemon, reconnected(server.store())).await??;
-        let stopped = stopping.elapsed();
-        eprintln!("the daemon was stopped and started again in {}", units::duration(stopped));
-        let after = while_alive(&mut daemon, half(&server, &mut sessions, |_| 0)).await?;
+        let setup = Setup {
+            client: 0,
+            socket: Some(daemon.socket.clone()),
+            address: None,
+            door: Door::default(),
+            patience_ms: 0,
+            token_files: vec![None],
+            generation: u64::from_le_bytes(random_bytes()?),
+            block_tokens: workload.block_tokens,
+            block_bytes: BLOCK_BYTES,
+            requests_at_once: REQUESTS_AT_ONCE,
+        };
+        eprintln!("{} sessions with {requests} requests; halfway a client and the daemon are killed", jobs.len());
+        let worked = tokio::select! {
+            biased;
+            failure = daemon.died() => Err(failure),
+            worked = work(setup, jobs, requests, connection) => worked,
+        };
         daemon.kill().await;
-        let left = sessions.iter().map(RunningSession::left).sum();
-        Ok(Outcome { before, after, stopped, left, direct })
+        let (before, after, kept) = worked?;
+        let left = requests.saturating_sub(before.tally.requests + after.tally.requests);
+        Ok(Outcome { before, after, kept, left, direct })
     }
 
     fn show(&self, outcome: &Outcome, file_system: &str) -> Result<(), Failure> {
-        let Outcome { before, after, stopped, left, direct } = outcome;
+        let Outcome { before, after, kept, left, direct } = outcome;
         let mut total = before.tally;
         total += after.tally;
         let time = before.time + after.time;
@@ -132,13 +159,17 @@ impl Demo {
             return self.output.object(&json!({
                 "tokens_saved": total.tokens_saved, "hit_ratio": total.hit_percent() / 100.0, "wrong_bytes": total.wrong_bytes,
                 "wrong_blocks": total.wrong_blocks, "requests": total.requests, "requests_left": left,
-                "seconds": time.as_secs_f64(), "restart_seconds": stopped.as_secs_f64(), "file_system": file_system,
-                "o_direct": direct, "before_restart": part(before), "after_restart": part(after),
+                "seconds": time.as_secs_f64(), "restart_seconds": kept.time.as_secs_f64(), "file_system": file_system,
+                "o_direct": direct, "host_blocks_before_kill": kept.blocks_before,
+                "host_blocks_after_kill": kept.blocks_after, "door": before.door(),
+                "hit_ratio_after_kill": after.tally.hit_percent() / 100.0,
+                "before_kill": part(before), "after_kill": part(after),
             }));
         }
-        let (tokens, hits, wrong) = (units::count(total.tokens_saved), total.hit_percent(), total.wrong_bytes);
-        self.output
-            .line(format_args!("{tokens} prompt tokens not recomputed, {hits:.1} % hits, {wrong} wrong bytes"))?;
+        let (tokens, hits, wrong) = (units::count(total.tokens_saved), after.tally.hit_percent(), total.wrong_bytes);
+        self.output.line(format_args!(
+            "{tokens} prompt tokens not recomputed; client killed, daemon killed; still {hits:.1} % hits; {wrong} wrong bytes"
+        ))?;
         self.output.line(
             "(the sessions and their tokens are generated; the bytes went through the store and were all compared)",
         )?;
@@ -156,7 +187,12 @@ impl Demo {
             ]
         };
         let header = ["blocks", "asked for", "from host", "from disk", "missed", "got GB/s", "put GB/s", "time"];
-        self.output.line(table(header, [row("before the restart", before), row("after the restart", after)]))?;
+        self.output.line(table(header, [row("before the kills", before), row("after the kills", after)]))?;
+        let (blocks_before, blocks_after) = (units::count(kept.blocks_before), units::count(kept.blocks_after));
+        self.output.line(format_args!(
+            "the daemon's worker was killed with {blocks_before} blocks in host memory; {} later another one answered, with {blocks_after}",
+            units::duration(kept.time)
+        ))?;
         let (host, disk, block) = (units::bytes(HOST_BYTES), units::bytes(DISK_BYTES), units::bytes(BLOCK_BYTES));
         self.output
             .line(format_args!("host tier {host}, disk tier {disk} on {file_system}, blocks of {block}; {direct}"))?;
@@ -167,15 +203,27 @@ impl Demo {
     }
 }
 
-async fn attach(connection: &Connection, workload: &Workload) -> Result<Server<Remote>, Failure> {
-    let generation = u64::from_le_bytes(random_bytes()?);
-    let attach = Attach {
-        group: "tender-demo".to_owned(),
-        member: "tender demo".to_owned(),
-        namespace: namespace(generation, workload.block_tokens),
-        layout: BlockLayout::opaque(BLOCK_BYTES),
-    };
-    Ok(Server::new(connection.attach_as(attach).await?, generation))
+/// Writes the sessions to files, as jobs; tells how many requests they have.
+fn write_sessions(workload: &Workload, scratch: &Scratch) -> Result<(Vec<SessionJob>, u64), Failure> {
+    let folder = scratch.path().join("sessions");
+    std::fs::create_dir(&folder).map_err(Failure::of(format_args!("cannot make the folder {}", folder.display())))?;
+    let (mut jobs, mut requests) = (Vec::new(), 0);
+    for (session, job) in workload.all().zip(0..) {
+        requests += session.requests.len() as u64;
+        let file = folder.join(format!("{job}.json"));
+        let written = File::create(&file).and_then(|mut out| session_json::write(&session, &mut out));
+        written.map_err(Failure::of(format_args!("cannot write {}", file.display())))?;
+        jobs.push(SessionJob {
+            job,
+            tenant: 0,
+            file,
+            requests_max: usize::MAX,
+            requests_done: 0,
+            time_max_ms: Some(TIME_MAX.as_millis() as u64),
+            pace: None,
+        });
+    }
+    Ok((jobs, requests))
 }
 
 /// What the daemon says of its folder and O_DIRECT; where it says nothing, what opening a file there showed.
@@ -186,51 +234,60 @@ async fn direct_finding(connection: &Connection, scratch: &Scratch) -> Result<St
     Ok(told.map_or_else(|| ours.to_owned(), |finding| finding.found))
 }
 
-/// Waits until the client, which attaches again by itself, gets answers: until then all it says is that nobody is there.
-async fn reconnected(store: &Remote) -> Result<(), Failure> {
+/// Runs all sessions; halfway a client and the worker are killed. What came before, what came after, and what became of host memory.
+async fn work(
+    setup: Setup,
+    jobs: Vec<SessionJob>,
+    requests: u64,
+    connection: Connection,
+) -> Result<(Report, Report, Kept), Failure> {
+    let mut crew = Crew::start(CLIENTS)?;
+    crew.set_up(&setup).await?;
     let began = Instant::now();
-    while store.get(&[store.terms().root], Shard::WHOLE).await.end == GetEnd::Unavailable {
-        if began.elapsed() > RECONNECT_TIME_MAX {
-            return Err(Failure::message("the client did not find the restarted daemon again"));
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    for job in jobs {
+        crew.give(ToClient::Session(job)).await?;
     }
-    Ok(())
-}
-
-/// What a future gives, unless the daemon dies meanwhile.
-async fn while_alive<T>(daemon: &mut Daemon, work: impl Future<Output = T>) -> Result<T, Failure> {
-    tokio::select! {
-        biased;
-        failure = daemon.died() => Err(failure),
-        done = work => Ok(done),
-    }
-}
-
-/// Runs all sessions until each has `leave(its requests)` left, or the time is over.
-async fn half(server: &Arc<Server<Remote>>, sessions: &mut Vec<RunningSession>, leave: fn(usize) -> usize) -> Report {
-    let began = Instant::now();
-    let turns = Arc::new(Semaphore::new(REQUESTS_AT_ONCE));
-    let (tell, mut told) = mpsc::channel::<Served>(REQUESTS_AT_ONCE);
-    let mut running = JoinSet::new();
-    for mut session in sessions.drain(..) {
-        let (server, turns, tell) = (Arc::clone(server), Arc::clone(&turns), tell.clone());
-        running.spawn(async move {
-            let leave = leave(session.left());
-            while session.left() > leave && began.elapsed() < HALF_TIME_MAX {
-                let Some((served, _)) = session.step(&server, &turns, began, None).await else { break };
-                drop(tell.send(served).await);
+    let (mut before, mut after) = (Report::default(), Report::default());
+    let mut killing: Option<JoinHandle<Result<Kept, Failure>>> = None;
+    while crew.jobs_out() > 0 {
+        match crew.hear().await? {
+            Heard::Killed(client) => crew.succeed(client).await?,
+            Heard::Answer(FromClient::Served { door, tally, get_us, wrong, .. }) => {
+                wrong.iter().for_each(|block| eprintln!("WRONG BYTES: {block}"));
+                let report = if killing.is_none() { &mut before } else { &mut after };
+                report.add(*tally, get_us, 0, door);
             }
-            session
-        });
+            Heard::Answer(_) => {}
+        }
+        let is_half = before.tally.requests >= requests / 2 || began.elapsed() > HALF_TIME_MAX;
+        if is_half && killing.is_none() {
+            before.time = began.elapsed();
+            // Its memory of what it has put goes with it; the blocks stay.
+            crew.kill(0);
+            killing = Some(tokio::spawn(kill_worker(connection.clone())));
+        }
     }
-    drop(tell);
-    let mut report = Report::default();
-    while let Some(Served { tally, get_us, wrong }) = told.recv().await {
-        wrong.iter().for_each(|block| eprintln!("WRONG BYTES: {block}"));
-        report.add(tally, get_us, 0);
+    after.time = began.elapsed().saturating_sub(before.time);
+    let Some(killing) = killing else {
+        return Err(Failure::message("the sessions ended before anything was killed; see the daemon's last words"));
+    };
+    Ok((before, after, killing.await.map_err(Failure::message)??))
+}
+
+/// Kills the worker, and waits for the next one.
+async fn kill_worker(connection: Connection) -> Result<Kept, Failure> {
+    let status = connection.worker(ANSWER_TIME_MAX, |_| true).await?;
+    let (worker, blocks_before) = (status.process_id, host_blocks(&status));
+    let killed = Instant::now();
+    if !kill(worker) {
+        return Err(Failure::message("the daemon's worker was gone before it was killed"));
     }
-    sessions.extend(running.join_all().await);
-    report.time = began.elapsed();
-    report
+    let next = connection.worker(ANSWER_TIME_MAX, |process| process != worker).await?;
+    eprintln!("killed: a client, and the daemon's worker {worker}; {} serves now", next.process_id);
+    Ok(Kept { blocks_before, blocks_after: host_blocks(&next), time: killed.elapsed() })
+}
+
+fn host_blocks(status: &wire::StatusReply) -> u64 {
+    let tiers = status.tiers.iter().filter(|tier| tier.tier == i32::from(wire::Tier::Host));
+    tiers.map(|tier| tier.blocks).sum()
 }

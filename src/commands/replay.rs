@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::connect::Connection;
+use crate::connect::{Connection, Door};
 use crate::failure::Failure;
 use crate::lifeline::interrupted;
 use crate::output::Output;
 use crate::replay::crew::Crew;
 use crate::replay::daemon::{Daemon, DaemonPlan};
+use crate::replay::kills::Kills;
 use crate::replay::process::random_bytes;
 use crate::replay::protocol::Setup;
 use crate::replay::report::Report;
@@ -61,6 +62,15 @@ pub struct Replay {
     /// Token file of a tenant of the running daemon; may be repeated
     #[arg(long, value_name = "PATH")]
     token_file: Vec<PathBuf>,
+    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
+    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
+    door: Door,
+    /// Kill the worker of the daemon with kill -9 about every so many seconds; another one follows it
+    #[arg(long, value_parser = parse_seconds, value_name = "SECONDS", conflicts_with_all = RUNNING)]
+    kill_worker_every: Option<Duration>,
+    /// Kill a client process with kill -9 about every so many seconds; another one asks again what was not answered
+    #[arg(long, value_parser = parse_seconds, value_name = "SECONDS", conflicts_with_all = RUNNING)]
+    kill_client_every: Option<Duration>,
     /// Stop after so many requests
     #[arg(long, value_name = "REQUESTS", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
@@ -70,11 +80,19 @@ pub struct Replay {
     /// Number that payload and namespace are made from [default: another one each time]
     #[arg(long, value_name = "N")]
     generation: Option<u64>,
-    /// Seed of the times at which sessions start
+    /// Seed of the times at which sessions start and processes are killed
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
     #[command(flatten)]
     output: Output,
+}
+
+/// Often enough for a test; a process that is killed more often does nothing between.
+const KILL_SECONDS: std::ops::RangeInclusive<f64> = 0.2..=1e6;
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| KILL_SECONDS.contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| format!("`{text}` is no number of seconds from 0.2 to 1000000"))
 }
 
 const RUNNING: [&str; 2] = ["socket", "address"];
@@ -113,6 +131,8 @@ impl Replay {
             client: 0,
             socket: self.socket.clone(),
             address: self.address,
+            door: self.door,
+            patience_ms: 0,
             token_files: self.token_files(),
             generation,
             block_tokens: survey.block_tokens,
@@ -165,7 +185,9 @@ impl Replay {
             eprintln!("takes about {}", units::duration(length));
         }
         let crew = Crew::start(self.clients.into())?;
-        run(&Plan { trace, survey, pacing }, crew, setup).await
+        let kills =
+            Kills { worker_every: self.kill_worker_every, client_every: self.kill_client_every, seed: self.seed };
+        run(&Plan { trace, survey, pacing, kills }, crew, setup).await
     }
 
     fn token_files(&self) -> Vec<Option<PathBuf>> {

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tender_client::proto::{BlockLayout, Namespace};
 use tender_client::{BlockStore as _, Remote, Residency, WatchItem};
 
-use crate::connect::Connection;
+use crate::connect::{Connection, Door};
 use crate::failure::Failure;
 use crate::lifeline::interrupted;
 use crate::output::Output;
@@ -33,7 +33,8 @@ impl Watch {
     pub async fn run(self) -> Result<(), Failure> {
         // All of the tenant's blocks are told of, whatever the namespace under which one attaches.
         let (namespace, layout) = (Namespace::text("tender-watch", "u8", 16), BlockLayout::opaque(64 << 10));
-        let store = self.connection.attach(namespace, layout).await?;
+        // A watch is a stream over gRPC: it needs no ring.
+        let store = self.connection.attach(namespace, layout, Door::Grpc).await?;
         let done = tokio::select! {
             biased;
             failure = interrupted() => Err(failure),

@@ -3,19 +3,23 @@
 use std::io::{BufRead as _, Write as _, stdin, stdout};
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use tender_client::proto::{BlockLayout, Namespace};
 use tender_client::{Attach, BlockStore as _, Remote};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::chain::keys_of;
 use super::protocol::{FromClient, RequestJob, SessionJob, Setup, ToClient};
 use super::request::{Served, Server};
 use super::session::RunningSession;
-use crate::connect::Connection;
+use crate::connect::{Connection, Door};
 use crate::failure::Failure;
 use crate::trace::session_json;
+
+/// A worker that is being started needs about as long.
+const ATTACH_AGAIN_AFTER: Duration = Duration::from_millis(50);
 
 /// Serves jobs until the input ends.
 pub async fn run() -> Result<(), Failure> {
@@ -101,7 +105,7 @@ impl Worker {
                 namespace: namespace(setup.generation, setup.block_tokens),
                 layout: BlockLayout::opaque(setup.block_bytes),
             };
-            servers.push(Server::new(connection.attach_as(attach).await?, setup.generation));
+            servers.push(Server::new(attach_patiently(&connection, attach, &setup).await?, setup.generation));
         }
         Ok(Self { servers, turns: Semaphore::new(setup.requests_at_once.max(1)), block_tokens: setup.block_tokens })
     }
@@ -118,10 +122,13 @@ impl Worker {
             Err(error) => return say(&to_parent, FromClient::Failed(error.to_string())),
         };
         let mut running = RunningSession::new(session, job.requests_max, server);
-        while let Some((served, late)) = running.step(server, &self.turns, began, job.pace).await {
-            say(&to_parent, answer(served, late.as_millis() as u64));
+        running.skip(job.requests_done);
+        let time_max = job.time_max_ms.map(Duration::from_millis);
+        while time_max.is_none_or(|time_max| began.elapsed() < time_max) {
+            let Some((served, late)) = running.step(server, &self.turns, began, job.pace).await else { break };
+            say(&to_parent, answer(job.job, server, served, late.as_millis() as u64));
         }
-        say(&to_parent, FromClient::Done);
+        say(&to_parent, FromClient::Done(job.job));
     }
 
     async fn request(self: Arc<Self>, job: RequestJob, to_parent: Answers) {
@@ -129,12 +136,23 @@ impl Worker {
             return say(&to_parent, FromClient::Failed(format!("there is no tenant {}", job.tenant)));
         };
         let keys = keys_of(&server.store().terms().root, "", self.block_tokens, &job.hash_ids);
-        say(&to_parent, answer(server.serve(&keys, job.input_tokens).await, 0));
-        say(&to_parent, FromClient::Done);
+        say(&to_parent, answer(job.job, server, server.serve(&keys, job.input_tokens).await, 0));
+        say(&to_parent, FromClient::Done(job.job));
     }
 }
 
-fn answer(served: Served, late_ms: u64) -> FromClient {
+/// Attaches; where nobody answers, again and again while there is patience.
+async fn attach_patiently(connection: &Connection, attach: Attach, setup: &Setup) -> Result<Remote, Failure> {
+    let began = Instant::now();
+    loop {
+        match connection.attach_as(attach.clone(), setup.door).await {
+            Err(_) if began.elapsed() < Duration::from_millis(setup.patience_ms) => sleep(ATTACH_AGAIN_AFTER).await,
+            attached => return attached,
+        }
+    }
+}
+
+fn answer(job: u64, server: &Server<Remote>, served: Served, late_ms: u64) -> FromClient {
     let Served { tally, get_us, wrong } = served;
-    FromClient::Served { tally: Box::new(tally), get_us, late_ms, wrong }
+    FromClient::Served { job, door: Door::of(server.store()), tally: Box::new(tally), get_us, late_ms, wrong }
 }

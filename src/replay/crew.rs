@@ -1,25 +1,47 @@
-//! The client processes of a replay.
+//! The client processes of a replay. One that was killed on purpose has a successor, which does again what it left undone.
 
+use std::collections::BTreeMap;
 use std::process::Stdio;
 
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdin};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::process::child;
-use super::protocol::{FromClient, ToClient};
+use super::protocol::{FromClient, Setup, ToClient};
 use crate::failure::Failure;
 
+/// How long the successor of a killed client looks for a daemon, whose worker may be starting.
+const PATIENCE_MS: u64 = 20_000;
+
 /// What a client process said, or how it ended.
-type Heard = Result<FromClient, String>;
+type Words = Result<FromClient, String>;
+
+/// What is heard of a crew.
+#[derive(Debug)]
+pub enum Heard {
+    /// A client's answer.
+    Answer(FromClient),
+    /// This client was killed on purpose, and is dead: all that it said has been heard.
+    Killed(usize),
+}
 
 /// The client processes.
 #[derive(Debug)]
 pub struct Crew {
-    inputs: Vec<ChildStdin>,
-    /// Jobs that each has not done yet.
-    pub jobs: Vec<usize>,
-    heard: mpsc::Receiver<(usize, Heard)>,
+    clients: Vec<Client>,
+    tell: mpsc::Sender<(usize, Words)>,
+    heard: mpsc::Receiver<(usize, Words)>,
+}
+
+#[derive(Debug)]
+struct Client {
+    input: ChildStdin,
+    /// Until it was killed.
+    kill: Option<oneshot::Sender<()>>,
+    setup: Option<Setup>,
+    /// By name, what it has not done yet.
+    jobs: BTreeMap<u64, ToClient>,
 }
 
 impl Crew {
@@ -27,66 +49,155 @@ impl Crew {
     pub fn start(clients: usize) -> Result<Self, Failure> {
         // Full when the parent falls behind; the clients' pipes then fill, and they wait.
         let (tell, heard) = mpsc::channel(1024);
-        let mut inputs = Vec::with_capacity(clients);
-        for client in 0..clients {
-            let mut command = child("replay-client")?;
-            command.stdin(Stdio::piped()).stdout(Stdio::piped());
-            let mut child = command.spawn().map_err(Failure::of("cannot start a client process"))?;
-            inputs.extend(child.stdin.take());
-            tokio::spawn(listen(client, child, tell.clone()));
-        }
-        Ok(Self { jobs: vec![0; inputs.len()], inputs, heard })
+        let clients = (0..clients).map(|client| Client::start(client, &tell)).collect::<Result<_, _>>()?;
+        Ok(Self { clients, tell, heard })
     }
 
-    /// Says something to one client.
-    pub async fn say(&mut self, client: usize, message: &ToClient) -> Result<(), Failure> {
-        let line = serde_json::to_string(message).map_err(Failure::message)? + "\n";
-        let written = self.inputs[client].write_all(line.as_bytes()).await;
-        written.map_err(Failure::of(format_args!("client process {client} takes no more jobs")))
+    /// Has all clients attach. `setup` is for the first; the others differ in their index.
+    pub async fn set_up(&mut self, setup: &Setup) -> Result<(), Failure> {
+        let requests_at_once = setup.requests_at_once.div_ceil(self.clients.len());
+        for (index, client) in self.clients.iter_mut().enumerate() {
+            let setup = Setup { client: index, requests_at_once, ..setup.clone() };
+            client.setup = Some(setup.clone());
+            client.say(index, &ToClient::Setup(setup)).await?;
+        }
+        for _ in 0..self.clients.len() {
+            // The first answers, since nobody has a job yet.
+            self.hear().await?;
+        }
+        Ok(())
     }
 
     /// Gives a job to the client that has the fewest.
-    pub async fn give(&mut self, job: &ToClient) -> Result<(), Failure> {
-        let idlest = (0..self.jobs.len()).min_by_key(|client| self.jobs[*client]).unwrap_or_default();
-        self.jobs[idlest] += 1;
-        self.say(idlest, job).await
+    pub async fn give(&mut self, job: ToClient) -> Result<(), Failure> {
+        let alive = self.clients.iter_mut().enumerate().filter(|(_, client)| client.kill.is_some());
+        let Some((index, idlest)) = alive.min_by_key(|(_, client)| client.jobs.len()) else {
+            // All were killed at once: the first one's successor will do it.
+            self.clients[0].jobs.extend(job.name().map(|name| (name, job)));
+            return Ok(());
+        };
+        idlest.jobs.extend(job.name().map(|name| (name, job.clone())));
+        idlest.say(index, &job).await
     }
 
     /// Jobs that are not done yet.
     pub fn jobs_out(&self) -> usize {
-        self.jobs.iter().sum()
+        self.clients.iter().map(|client| client.jobs.len()).sum()
     }
 
-    /// The next answer of any client; a client that is gone or gives up is a failure.
-    pub async fn answer(&mut self) -> Result<FromClient, Failure> {
+    /// Kills a client that lives, with kill -9: the one after the `choice`-th that has work, or any. Tells whether there was one.
+    pub fn kill(&mut self, choice: usize) -> bool {
+        let mut alive: Vec<&mut Client> = self.clients.iter_mut().filter(|client| client.kill.is_some()).collect();
+        if alive.iter().any(|client| !client.jobs.is_empty()) {
+            alive.retain(|client| !client.jobs.is_empty());
+        }
+        let count = alive.len().max(1);
+        // Who listens to it is gone only when it is.
+        alive.get_mut(choice % count).and_then(|client| client.kill.take()).is_some_and(|kill| kill.send(()).is_ok())
+    }
+
+    /// Starts the successor of a client that was killed. What was under way is asked again, what was answered is not.
+    pub async fn succeed(&mut self, index: usize) -> Result<(), Failure> {
+        let mut successor = Client::start(index, &self.tell)?;
+        successor.jobs = std::mem::take(&mut self.clients[index].jobs);
+        successor.setup = self.clients[index].setup.take().map(|setup| Setup { patience_ms: PATIENCE_MS, ..setup });
+        if let Some(setup) = successor.setup.clone() {
+            successor.say(index, &ToClient::Setup(setup)).await?;
+        }
+        for job in successor.jobs.clone().values() {
+            successor.say(index, job).await?;
+        }
+        self.clients[index] = successor;
+        Ok(())
+    }
+
+    /// What is heard next; a client that gives up, or is gone without having been killed on purpose, is a failure.
+    pub async fn hear(&mut self) -> Result<Heard, Failure> {
         match self.heard.recv().await {
             Some((client, Ok(FromClient::Failed(why)))) => {
                 Err(Failure::message(format_args!("client process {client}: {why}")))
             }
             Some((client, Ok(answer))) => {
-                if matches!(answer, FromClient::Done) {
-                    self.jobs[client] -= 1;
+                let jobs = &mut self.clients[client].jobs;
+                match &answer {
+                    FromClient::Served { job, .. } => jobs.get_mut(job).into_iter().for_each(ToClient::count_one),
+                    FromClient::Done(job) => drop(jobs.remove(job)),
+                    _ => {}
                 }
-                Ok(answer)
+                Ok(Heard::Answer(answer))
             }
+            Some((client, Err(_))) if self.clients[client].kill.is_none() => Ok(Heard::Killed(client)),
             Some((client, Err(how))) => Err(Failure::message(format_args!("client process {client} died ({how})"))),
             None => Err(Failure::message("all client processes are gone")),
         }
     }
 }
 
-/// Passes on what a client says. The child is killed when this task is dropped, which is when the replay ends.
-async fn listen(client: usize, mut child: Child, tell: mpsc::Sender<(usize, Heard)>) {
+impl ToClient {
+    /// The job's name.
+    fn name(&self) -> Option<u64> {
+        match self {
+            Self::Setup(_) => None,
+            Self::Session(job) => Some(job.job),
+            Self::Request(job) => Some(job.job),
+        }
+    }
+
+    /// One more of its requests was answered.
+    fn count_one(&mut self) {
+        if let Self::Session(job) = self {
+            job.requests_done += 1;
+        }
+    }
+}
+
+impl Client {
+    fn start(index: usize, tell: &mpsc::Sender<(usize, Words)>) -> Result<Self, Failure> {
+        let mut command = child("replay-client")?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(Failure::of("cannot start a client process"))?;
+        let input = child.stdin.take().ok_or_else(|| Failure::message("a client process has no input"))?;
+        let (kill, killed) = oneshot::channel();
+        tokio::spawn(listen(index, child, tell.clone(), killed));
+        Ok(Self { input, kill: Some(kill), setup: None, jobs: BTreeMap::new() })
+    }
+
+    async fn say(&mut self, index: usize, message: &ToClient) -> Result<(), Failure> {
+        let line = serde_json::to_string(message).map_err(Failure::message)? + "\n";
+        let written = self.input.write_all(line.as_bytes()).await;
+        written.map_err(Failure::of(format_args!("client process {index} takes no more jobs")))
+    }
+}
+
+/// Passes on what a client says, and its end. The child is killed when this task is dropped, which is when the replay ends.
+async fn listen(index: usize, mut child: Child, tell: mpsc::Sender<(usize, Words)>, mut killed: oneshot::Receiver<()>) {
+    let mut is_killed = false;
     if let Some(output) = child.stdout.take() {
         let mut lines = BufReader::new(output).lines();
-        while let Ok(Some(line)) = lines.next_line().await {
-            let heard =
-                serde_json::from_str(&line).map_err(|error| format!("it said something else than an answer: {error}"));
-            if tell.send((client, heard)).await.is_err() {
+        loop {
+            let line = tokio::select! {
+                line = lines.next_line() => line,
+                order = &mut killed, if !is_killed => {
+                    is_killed = true;
+                    // Without an order the crew is gone.
+                    if order.is_err() || child.start_kill().is_err() {
+                        return;
+                    }
+                    continue;
+                }
+            };
+            let Ok(Some(line)) = line else { break };
+            let words = match serde_json::from_str(&line) {
+                Ok(answer) => Ok(answer),
+                // Cut off in the middle of a word.
+                Err(_) if is_killed => break,
+                Err(error) => Err(format!("it said something else than an answer: {error}")),
+            };
+            if tell.send((index, words)).await.is_err() {
                 return;
             }
         }
     }
     let how = child.wait().await.map_or_else(|error| error.to_string(), |status| status.to_string());
-    drop(tell.send((client, Err(how))).await);
+    drop(tell.send((index, Err(how))).await);
 }

@@ -9,16 +9,13 @@ use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::process::Child;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 
 use super::process::{child, random_bytes};
 use crate::failure::Failure;
-use crate::lifeline::ask_to_end;
 
 /// A daemon that listens no later than this, or never will.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// A daemon that has not stopped by then is killed: its data is thrown away, or found again by recovery.
-const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 /// A killed process is gone as soon as its memory is freed and its I/O is done.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// What is shown of a daemon's last words.
@@ -87,7 +84,6 @@ fn write_private(file: &Path, text: &str) -> Result<(), Failure> {
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
-    config_file: PathBuf,
     log_file: PathBuf,
     /// Where it listens.
     pub socket: PathBuf,
@@ -103,31 +99,9 @@ impl Daemon {
         let log_file = plan.folder.join("daemon.log");
         let token_files = plan.write(&config_file, &socket)?;
         let child = spawn_daemon(&config_file, &log_file)?;
-        let mut daemon = Self { child, config_file, log_file, socket, token_files };
+        let mut daemon = Self { child, log_file, socket, token_files };
         daemon.wait_until_it_listens().await?;
         Ok(daemon)
-    }
-
-    /// Stops the daemon in good order and starts it again on the same folder.
-    pub async fn restart(&mut self) -> Result<(), Failure> {
-        self.stop().await?;
-        self.child = spawn_daemon(&self.config_file, &self.log_file)?;
-        self.wait_until_it_listens().await
-    }
-
-    /// Stops the daemon in good order.
-    pub async fn stop(&mut self) -> Result<(), Failure> {
-        self.child.id().into_iter().for_each(ask_to_end);
-        match timeout(STOP_TIMEOUT, self.child.wait()).await {
-            Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => Err(self.ended(&format!("the daemon ended badly ({status}) when asked to stop"))),
-            Ok(Err(error)) => Err(Failure::of("cannot wait for the daemon")(error)),
-            Err(_) => {
-                self.child.kill().await.map_err(Failure::of("cannot kill the daemon"))?;
-                let seconds = STOP_TIMEOUT.as_secs();
-                Err(self.ended(&format!("the daemon did not stop within {seconds} s of SIGTERM and was killed")))
-            }
-        }
     }
 
     /// Ends the daemon without regard for its data.

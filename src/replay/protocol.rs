@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::tally::Tally;
+use crate::connect::Door;
 
 /// To a client, on its standard input. The end of input ends the client.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,6 +29,10 @@ pub struct Setup {
     pub socket: Option<PathBuf>,
     /// … its loopback address.
     pub address: Option<SocketAddr>,
+    /// By which door.
+    pub door: Door,
+    /// How long to try again where no daemon answers, as while another worker starts.
+    pub patience_ms: u64,
     /// One per tenant; none: no token is needed.
     pub token_files: Vec<Option<PathBuf>>,
     /// Goes into the payload, and into the namespace: another run's blocks are other blocks.
@@ -43,19 +48,27 @@ pub struct Setup {
 /// A session to run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SessionJob {
+    /// Its name.
+    pub job: u64,
     /// Index of the tenant.
     pub tenant: usize,
     /// The session's file.
     pub file: PathBuf,
     /// No more than so many of its requests.
     pub requests_max: usize,
-    /// Trace seconds per second, the session starting now; none: one request right after the other.
+    /// So many of them are done already, by a client that is gone.
+    pub requests_done: usize,
+    /// None is begun this long after the job came; none: all are.
+    pub time_max_ms: Option<u64>,
+    /// Trace seconds per second, the first request that is not done starting now; none: one request right after the other.
     pub pace: Option<f64>,
 }
 
 /// A single request to serve.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RequestJob {
+    /// Its name.
+    pub job: u64,
     /// Index of the tenant.
     pub tenant: usize,
     /// Blocks of the prompt; ids are global.
@@ -74,6 +87,10 @@ pub enum FromClient {
     Failed(String),
     /// A request is done.
     Served {
+        /// Of which job.
+        job: u64,
+        /// By which door.
+        door: Door,
         /// Counts.
         tally: Box<Tally>,
         /// Time spent in gets.
@@ -83,6 +100,6 @@ pub enum FromClient {
         /// Blocks with wrong bytes, in words.
         wrong: Vec<String>,
     },
-    /// A job is done.
-    Done,
+    /// That job is done.
+    Done(u64),
 }

@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use super::latency::Latencies;
 use super::tally::Tally;
+use crate::connect::Door;
 use crate::output::{Output, table};
 use crate::{failure::Failure, units};
 
@@ -22,6 +23,12 @@ pub struct Report {
     pub late_ms_max: u64,
     /// Lines or sessions of the trace that were left out.
     pub skipped: u64,
+    /// Requests that went through the ring.
+    pub ring_requests: u64,
+    /// Client processes that were killed on purpose.
+    pub killed_clients: u64,
+    /// Workers of the daemon that were killed on purpose.
+    pub killed_workers: u64,
 }
 
 /// The last line of `--json`: counts first.
@@ -37,15 +44,28 @@ struct Row {
     get_p99_us: Option<u64>,
     late_ms_max: u64,
     skipped: u64,
+    door: &'static str,
+    killed_clients: u64,
+    killed_workers: u64,
 }
 
 impl Report {
     /// Counts one request.
-    pub fn add(&mut self, tally: Tally, get_us: u64, late_ms: u64) {
+    pub fn add(&mut self, tally: Tally, get_us: u64, late_ms: u64, door: Door) {
         self.tally += tally;
+        self.ring_requests += if door == Door::Ring { tally.requests } else { 0 };
         self.late_ms_max = self.late_ms_max.max(late_ms);
         if tally.blocks > 0 {
             self.get_latencies.add(get_us);
+        }
+    }
+
+    /// By which door the requests really went.
+    pub fn door(&self) -> &'static str {
+        match self.ring_requests {
+            0 => Door::Grpc.name(),
+            all if all == self.tally.requests => Door::Ring.name(),
+            _ => "both",
         }
     }
 
@@ -65,6 +85,9 @@ impl Report {
             get_p99_us: self.get_latencies.quantile_us(0.99),
             late_ms_max: self.late_ms_max,
             skipped: self.skipped,
+            door: self.door(),
+            killed_clients: self.killed_clients,
+            killed_workers: self.killed_workers,
         }
     }
 
@@ -102,6 +125,7 @@ impl Report {
         let quantile = |share| self.get_latencies.quantile_us(share).map_or("-".to_owned(), units::micros);
         let numbers = [
             ("requests", units::count(tally.requests)),
+            ("door", self.door().to_owned()),
             ("prompt tokens not recomputed", units::count(tally.tokens_saved)),
             ("of prompt tokens", units::count(tally.input_tokens)),
             ("got, all compared", rate(tally.got_bytes)),
@@ -118,6 +142,8 @@ impl Report {
             ("gets that met a wrong sum (misses)", tally.get_sum_mismatches),
             ("late at most, ms", self.late_ms_max),
             ("broken lines or sessions left out", self.skipped),
+            ("client processes killed", self.killed_clients),
+            ("workers of the daemon killed", self.killed_workers),
         ];
         let unusual = unusual.into_iter().filter(|(_, number)| *number > 0);
         numbers.extend(unusual.map(|(name, number)| [name.to_owned(), units::count(number)]));

@@ -188,7 +188,7 @@ impl Pacing {
         let requests = usize::try_from(survey.requests).unwrap_or(usize::MAX);
         Ok(usable.take(requests).enumerate().map(move |(i, request)| {
             let mooncake::Request { timestamp, input_length, hash_ids, .. } = request?;
-            let job = RequestJob { tenant: i % self.tenants, hash_ids, input_tokens: input_length };
+            let job = RequestJob { job: i as u64, tenant: i % self.tenants, hash_ids, input_tokens: input_length };
             Ok((self.speed.scale(timestamp), ToClient::Request(job)))
         }))
     }
@@ -203,7 +203,15 @@ impl Pacing {
                 let share =
                     (mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(i as u64 + 1))) >> 11) as f64 / (1u64 << 53) as f64;
                 let (tenant, pace) = (i % self.tenants, self.speed.pace());
-                let job = SessionJob { tenant, file: file.clone(), requests_max: *requests, pace };
+                let job = SessionJob {
+                    job: i as u64,
+                    tenant,
+                    file: file.clone(),
+                    requests_max: *requests,
+                    requests_done: 0,
+                    time_max_ms: None,
+                    pace,
+                };
                 (self.speed.scale(window_ms * share), ToClient::Session(job))
             })
             .collect();

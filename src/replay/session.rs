@@ -17,6 +17,7 @@ pub struct RunningSession {
     session: Session,
     chains: Chains,
     next: usize,
+    skipped_ms: u64,
 }
 
 impl RunningSession {
@@ -26,12 +27,17 @@ impl RunningSession {
         session.cap_gaps(GAP_MS_MAX);
         let root = server.store().terms().root;
         let chains = Chains::new(root, session.scope_name(), session.block_tokens, &session.requests);
-        Self { session, chains, next: 0 }
+        Self { session, chains, next: 0, skipped_ms: 0 }
     }
 
-    /// Requests still to come.
-    pub fn left(&self) -> usize {
-        self.session.requests.len() - self.next
+    /// Leaves out requests that somebody else has done. Times count from the first one that is left.
+    pub fn skip(&mut self, requests: usize) {
+        let done = self.session.requests.len().min(requests);
+        for request in &self.session.requests[..done] {
+            self.chains.next(request);
+        }
+        self.next = done;
+        self.skipped_ms = self.session.requests.get(done).filter(|_| done > 0).map_or(0, |next| next.start_ms);
     }
 
     /// Serves the next request and tells what became of it; none when there is no more. With a pace the session began at `began` and
@@ -46,7 +52,8 @@ impl RunningSession {
         let request = self.session.requests.get(self.next)?;
         self.next += 1;
         let keys = self.chains.next(request);
-        let due = pace.map(|pace| began + Duration::from_secs_f64(request.start_ms as f64 / 1000.0 / pace));
+        let start_ms = request.start_ms.saturating_sub(self.skipped_ms);
+        let due = pace.map(|pace| began + Duration::from_secs_f64(start_ms as f64 / 1000.0 / pace));
         if let Some(due) = due {
             tokio::time::sleep_until(due).await;
         }
