@@ -46,6 +46,7 @@ enum Command {
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     let done = match Cli::parse().command {
+        Command::Serve(serve) if serve.is_replacement() => block_on(serve.replace()),
         Command::Serve(serve) => serve.run(),
         Command::Status(status) => block_on(status.run()),
         Command::Doctor(doctor) => block_on(doctor.run()),

@@ -249,6 +249,29 @@ fn sessions_of_a_killed_client_are_ended_by_another() {
 }
 
 #[test]
+fn a_replay_goes_on_while_the_daemon_replaces_its_worker() {
+    let folder = TempDir::new().unwrap();
+    let (trace, _) = write_mooncake(&folder, 600);
+    let daemon = Daemon::start();
+    let process = || last_object(&run(daemon.client("status").arg("--json")))["process_id"].as_u64().unwrap();
+    let before = process();
+    let mut command = daemon.client("replay");
+    command.arg(&trace).args(["--block-bytes", "8KiB", "--speed", "1x", "--json"]);
+    let replay = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let replaced = run(daemon.client("serve").arg("--replace"));
+    assert!(replaced.status.success(), "{}", stderr(&replaced));
+    let after = process();
+    assert!(after != before && stderr(&replaced).contains(&format!("process {after} ")), "{}", stderr(&replaced));
+    let object = last_object(&wait(replay));
+    assert_eq!((number(&object, "requests"), number(&object, "wrong_blocks")), (600, 0), "{object}");
+    assert!(number(&object, "hit_blocks_host") > 0, "{object}");
+    assert!(
+        !run(tender().args(["serve", "--replace", "--socket"]).arg(folder.path().join("nobody.sock"))).status.success()
+    );
+}
+
+#[test]
 fn only_a_daemon_of_its_own_is_killed() {
     let folder = TempDir::new().unwrap();
     let (trace, _) = write_mooncake(&folder, 5);

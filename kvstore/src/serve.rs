@@ -256,6 +256,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
         config: Arc::clone(&config),
         findings: Arc::new(findings),
         epoch,
+        keeper: Arc::clone(&keeper),
     };
     let (stop, stopped) = watch::channel(false);
     // Before anything is served: what a client was told to be stored is not lost to a signal that comes early.

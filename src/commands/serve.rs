@@ -2,15 +2,21 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use clap::Args;
+use tender_client::proto::wire::ReplaceRequest;
+use tender_client::proto::wire::operator_client::OperatorClient;
 use tender_kvstore::{Config, Ended, Overrides};
+use tokio::time::{Instant, timeout};
+use tonic::transport::Endpoint;
 
+use crate::connect::Connection;
 use crate::failure::Failure;
 use crate::lifeline::die_with;
-use crate::units::parse_bytes;
+use crate::units::{self, parse_bytes};
 
 /// Flags override the environment (TENDER_*), which overrides the configuration file.
 #[derive(Args, Debug)]
@@ -20,6 +26,9 @@ pub struct Serve {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    /// Have the daemon that runs at this socket replace its worker by one of the binary that is there now, and wait for it
+    #[arg(long)]
+    replace: bool,
     /// Be the worker of the keeper whose socket is the standard input
     #[arg(long, hide = true)]
     worker: bool,
@@ -65,7 +74,29 @@ impl Settings {
     }
 }
 
+/// The drain of the worker that ends, its last words, and the start of the next one.
+const REPLACE_TIME_MAX: Duration = Duration::from_secs(60);
+
 impl Serve {
+    /// Whether a daemon that runs is meant.
+    pub fn is_replacement(&self) -> bool {
+        self.replace
+    }
+
+    /// Has the running daemon replace its worker, and waits until another process answers.
+    pub async fn replace(self) -> Result<(), Failure> {
+        let config = Config::load(self.config.as_deref(), &self.settings.overrides()).map_err(Failure::message)?;
+        let connection = Connection { socket: Some(config.socket.clone()), ..Connection::default() };
+        let before = connection.operator().await?.status().await?.process_id;
+        ask_to_replace(&config.socket).await?;
+        eprintln!("process {before} ends what is under way; the next one is waited for");
+        let asked = Instant::now();
+        let after = connection.worker(REPLACE_TIME_MAX, |process| process != before).await?;
+        let (process, version, time) = (after.process_id, after.version, units::duration(asked.elapsed()));
+        eprintln!("process {process} (tender {version}) serves now, {time} later");
+        Ok(())
+    }
+
     /// Serves until SIGTERM or SIGINT.
     pub fn run(self) -> Result<(), Failure> {
         if let Some(parent) = self.parent.filter(|_| !self.worker) {
@@ -89,4 +120,24 @@ impl Serve {
             Ended::Badly => Err(Failure::Bad),
         }
     }
+}
+
+/// As the daemon's own user or root: who may end the daemon may replace its worker, and nobody else.
+async fn ask_to_replace(socket: &Path) -> Result<(), Failure> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    let shown = socket.display();
+    let refused = |why: &dyn std::fmt::Display| {
+        Failure::message(format_args!("the daemon at {shown} does not replace its worker: {why}"))
+    };
+    let asking = async {
+        let endpoint = Endpoint::from_shared(format!("unix:{shown}")).map_err(|error| refused(&error))?;
+        let channel = endpoint.connect().await.map_err(|error| refused(&error))?;
+        let answer = OperatorClient::new(channel).replace(ReplaceRequest {}).await;
+        answer.map_err(|status| match status.code() {
+            tonic::Code::Unimplemented => refused(&"it is of a version that cannot; stop it and start it again"),
+            _ => refused(&status.message()),
+        })
+    };
+    let answer = timeout(PATIENCE, asking).await;
+    answer.map_err(|_| refused(&format_args!("no answer within {} s", PATIENCE.as_secs())))?.map(|_| ())
 }

@@ -1,4 +1,4 @@
-//! What an operator asks: status and configuration.
+//! What an operator asks: status, configuration, another worker.
 
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use super::server::status;
 use crate::config::Config;
 use crate::doctor::{Finding, Verdict};
 use crate::driver::CoreHandle;
+use crate::keeper::Keeper;
 use crate::limits;
 use crate::names::TenantId;
 use crate::status::{CoreStatus, Health, TierStatus};
@@ -28,6 +29,8 @@ pub struct OperatorServer {
     pub findings: Arc<Vec<Finding>>,
     /// Of this start.
     pub epoch: u64,
+    /// Who starts the next worker.
+    pub keeper: Arc<Keeper>,
 }
 
 fn tier(tier: wire::Tier, state: String, note: String, status: &TierStatus) -> wire::TierStatus {
@@ -126,6 +129,23 @@ impl wire::operator_server::Operator for OperatorServer {
             reply.counters = core.counters.all().into_iter().map(counter).collect();
         }
         Ok(Response::new(reply))
+    }
+
+    async fn replace(&self, request: Request<wire::ReplaceRequest>) -> Result<Response<wire::ReplaceReply>, Status> {
+        if self.identities.rights(&request)? != Rights::Operator {
+            return Err(Status::permission_denied(
+                "another worker is for the operator to ask for: ask over the Unix socket as the daemon's own user or root",
+            ));
+        }
+        let keeper = Arc::clone(&self.keeper);
+        // It may wait for the keeper, which no thread of the runtime should.
+        let said = tokio::task::spawn_blocking(move || keeper.replace()).await;
+        match said.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(()) => Ok(Response::new(wire::ReplaceReply {})),
+            Err(error) => Err(Status::internal(format!(
+                "the keeper does not listen ({error}); stop the daemon and start it anew"
+            ))),
+        }
     }
 
     async fn config(&self, request: Request<wire::ConfigRequest>) -> Result<Response<wire::ConfigReply>, Status> {
