@@ -120,7 +120,10 @@ impl Crew {
             Some((client, Ok(answer))) => {
                 let jobs = &mut self.clients[client].jobs;
                 match &answer {
-                    FromClient::Served { job, .. } => jobs.get_mut(job).into_iter().for_each(ToClient::count_one),
+                    // Killed between this answer and `Done`, it would be asked a second time.
+                    FromClient::Served { job, .. } if jobs.get_mut(job).is_some_and(ToClient::is_done_with_one) => {
+                        jobs.remove(job);
+                    }
                     FromClient::Done(job) => drop(jobs.remove(job)),
                     _ => {}
                 }
@@ -143,10 +146,14 @@ impl ToClient {
         }
     }
 
-    /// One more of its requests was answered.
-    fn count_one(&mut self) {
-        if let Self::Session(job) = self {
-            job.requests_done += 1;
+    /// Counts an answered request; whether it was all there is to the job. A session knows its end by itself.
+    fn is_done_with_one(&mut self) -> bool {
+        match self {
+            Self::Session(job) => {
+                job.requests_done += 1;
+                false
+            }
+            Self::Setup(_) | Self::Request(_) => true,
         }
     }
 }
