@@ -40,6 +40,14 @@ impl Operator {
         Ok(reply.toml)
     }
 
+    /// Has the daemon end its worker in good order and start the next one. Returns before that one serves. For the daemon's own user and
+    /// root.
+    pub async fn replace(&self) -> Result<(), AttachError> {
+        let mut client = self.client().await?;
+        let _nothing = self.door.first_answer(client.replace(self.door.request(wire::ReplaceRequest {}))).await?;
+        Ok(())
+    }
+
     async fn client(&self) -> Result<OperatorClient<Channel>, AttachError> {
         let channel = self.door.connect().await?;
         Ok(OperatorClient::new(channel).max_decoding_message_size(REPLY_BYTES_MAX))

@@ -2,16 +2,13 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 use clap::Args;
-use tender_client::proto::wire::ReplaceRequest;
-use tender_client::proto::wire::operator_client::OperatorClient;
 use tender_kvstore::{Config, Ended, Overrides};
-use tokio::time::{Instant, timeout};
-use tonic::transport::Endpoint;
+use tokio::time::Instant;
 
 use crate::connect::Connection;
 use crate::failure::Failure;
@@ -87,8 +84,9 @@ impl Serve {
     pub async fn replace(self) -> Result<(), Failure> {
         let config = Config::load(self.config.as_deref(), &self.settings.overrides()).map_err(Failure::message)?;
         let connection = Connection { socket: Some(config.socket.clone()), ..Connection::default() };
-        let before = connection.operator().await?.status().await?.process_id;
-        ask_to_replace(&config.socket).await?;
+        let operator = connection.operator().await?;
+        let before = operator.status().await?.process_id;
+        operator.replace().await?;
         eprintln!("process {before} ends what is under way; the next one is waited for");
         let asked = Instant::now();
         let after = connection.worker(REPLACE_TIME_MAX, |process| process != before).await?;
@@ -120,24 +118,4 @@ impl Serve {
             Ended::Badly => Err(Failure::Bad),
         }
     }
-}
-
-/// As the daemon's own user or root: who may end the daemon may replace its worker, and nobody else.
-async fn ask_to_replace(socket: &Path) -> Result<(), Failure> {
-    const PATIENCE: Duration = Duration::from_secs(10);
-    let shown = socket.display();
-    let refused = |why: &dyn std::fmt::Display| {
-        Failure::message(format_args!("the daemon at {shown} does not replace its worker: {why}"))
-    };
-    let asking = async {
-        let endpoint = Endpoint::from_shared(format!("unix:{shown}")).map_err(|error| refused(&error))?;
-        let channel = endpoint.connect().await.map_err(|error| refused(&error))?;
-        let answer = OperatorClient::new(channel).replace(ReplaceRequest {}).await;
-        answer.map_err(|status| match status.code() {
-            tonic::Code::Unimplemented => refused(&"it is of a version that cannot; stop it and start it again"),
-            _ => refused(&status.message()),
-        })
-    };
-    let answer = timeout(PATIENCE, asking).await;
-    answer.map_err(|_| refused(&format_args!("no answer within {} s", PATIENCE.as_secs())))?.map(|_| ())
 }

@@ -165,7 +165,8 @@ impl Calls {
         let table = self.lock();
         let pause = table.not_before.map(|at| at.saturating_duration_since(Instant::now()));
         let patience = table.closing_since.filter(|_| !table.waiting.is_empty()).map(closing_left);
-        pause.into_iter().chain(patience).min()
+        drop(table);
+        pause.into_iter().chain(patience).chain(self.debts.warm_for()).min()
     }
 
     /// Whether nothing is under way, and nothing to be given back.
@@ -189,6 +190,9 @@ impl Calls {
         will_look: bool,
     ) -> Result<oneshot::Receiver<Result<Answer, Failure>>, Failure> {
         let (sender, receiver) = oneshot::channel();
+        if self.debts.warm_up() {
+            self.wake_thread();
+        }
         self.with(|table| {
             table.give_back(self);
             table.submit(self.attachment, request, deadline, Who::Call(sender))?;

@@ -4,11 +4,13 @@
 //! held here is named, and what was still to be given back is not, which gives it back.
 //!
 //! Whoever lets go only notes it here, which never waits: views are dropped wherever the caller happens to drop them. The next request
-//! takes the list along, or the connection's thread, which is woken when the list begins. So what is dropped together goes together.
+//! takes the list along, or the connection's thread. While requests follow each other (the ring is *warm*) nobody wakes that thread, which
+//! costs a system call: it looks by itself until the ring is cold. So what is dropped together goes together, and a get makes no call.
 
 use std::collections::HashMap;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use tender_proto::descriptors::EventFd;
 use tender_proto::door::{self, HOLDS_PER_ENTRY_MAX, HoldId, HoldKind, Request};
@@ -28,7 +30,14 @@ struct Owed {
     life: u64,
     /// Of the connection: signalled when there is something to give back.
     wake: Option<Arc<EventFd>>,
+    /// Requests follow each other: the thread looks at this moment again.
+    warm_until: Option<Instant>,
+    /// Somebody waits until nothing is held.
+    is_awaited: bool,
 }
+
+/// How long after a request another one is taken to come.
+const WARM: Duration = Duration::from_millis(20);
 
 /// Where what is held lies.
 #[derive(Clone, Copy, Debug)]
@@ -89,11 +98,27 @@ impl Debts {
             HoldKind::Lease => owed.leases.extend(holds),
             HoldKind::Reservation => owed.reservations.extend(holds),
         }
-        let begins = was_empty && !owed.is_empty();
+        let begins = was_empty && !owed.is_empty() && owed.warm_until.is_none();
         drop(owed);
         if begins && let Err(error) = wake.signal() {
             tracing::debug!("what is not read any more is given back with the next request: {error}");
         }
+    }
+
+    /// A request is made: whether the thread is to be woken, to look by itself from now on.
+    pub(super) fn warm_up(&self) -> bool {
+        self.lock().warm_until.replace(Instant::now() + WARM).is_none()
+    }
+
+    /// For the thread: when it is to look again, while the ring is warm.
+    pub(super) fn warm_for(&self) -> Option<Duration> {
+        let mut owed = self.lock();
+        let left = owed.warm_until?.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            owed.warm_until = None;
+        }
+        // Once more when it has just become cold: what was let go of meanwhile woke nobody.
+        Some(left)
     }
 
     /// Takes what one request can give back.
@@ -112,9 +137,11 @@ impl Debts {
         self.lock().is_empty()
     }
 
-    /// Whether nothing is held.
+    /// Whether nothing is held; if something is, the thread is woken when that is over.
     pub(super) fn holds_nothing(&self) -> bool {
-        self.lock().held.is_empty()
+        let mut owed = self.lock();
+        owed.is_awaited = true;
+        owed.held.is_empty()
     }
 
     /// The connection of `wake` is over: nobody is there any more who could take anything, unless another one has begun.
@@ -138,7 +165,7 @@ impl Debts {
             owed.held.remove(hold);
         }
         // Somebody may wait until nothing is held.
-        let wake = owed.wake.clone().filter(|_| owed.held.is_empty());
+        let wake = owed.wake.clone().filter(|_| owed.is_awaited && owed.held.is_empty());
         drop(owed);
         if let Some(Err(error)) = wake.map(|wake| wake.signal()) {
             tracing::debug!("the thread of a local door cannot be woken: {error}");

@@ -358,6 +358,11 @@ impl Operator for Door {
         self.enter(&request).await?;
         Ok(Response::new(wire::ConfigReply { toml: "[host]\n".into() }))
     }
+
+    async fn replace(&self, request: Request<wire::ReplaceRequest>) -> Result<Response<wire::ReplaceReply>, Status> {
+        self.enter(&request).await?;
+        Err(Status::failed_precondition("the fake has no worker"))
+    }
 }
 
 fn watch_reply(item: WatchItem, epoch: u64) -> wire::WatchReply {
