@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use rustix::process::Pid;
 use tender_client::proto::BlockLayout;
 use tender_client::{Attach, BlockView, Doors, PutOutcome, Remote, Target};
 
@@ -79,8 +80,12 @@ impl Actor {
         assert_eq!(self.ask(line), answer, "to `{line}`");
     }
 
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(self.child.as_ref().expect("a child of this process"))
+    }
+
     pub fn signal(&self, name: &str) {
-        signal(self.child.as_ref().expect("a child of this process").id(), name);
+        signal(self.pid().as_raw_nonzero().get() as u32, name);
     }
 
     /// kill -9: it is dead when this returns.

@@ -1,13 +1,13 @@
 //! Who is let in at the local door, and who is not.
 
 use std::os::fd::AsFd;
-use std::process::{Command, Stdio};
 
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{PidfdFlags, pidfd_open};
 use tender_client::proto::descriptors::{EventFd, Process};
 use tender_client::proto::greeting::{MESSAGE_BYTES, ToClient, ToDaemon};
 use tender_client::{Doors, Remote};
 
+use crate::actor::Actor;
 use crate::raw::{Raw, Socket, attach};
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
@@ -28,13 +28,12 @@ async fn who_cannot_show_that_an_attachment_is_its_own_is_refused() {
     wrong.say(open(attachment ^ 1), &[own.as_fd()]);
     wrong.expect_refusal("");
 
-    let mut stranger = Command::new("sleep").arg("600").stdin(Stdio::null()).spawn().unwrap();
-    let pidfd = pidfd_open(Pid::from_child(&stranger), PidfdFlags::empty()).unwrap();
+    let stranger = Actor::start(site.path("stranger"));
+    let pidfd = pidfd_open(stranger.pid(), PidfdFlags::empty()).unwrap();
     let other = knock();
     other.say(open(attachment), &[pidfd.as_fd()]);
     other.expect_refusal("another process's");
-    stranger.kill().unwrap();
-    stranger.wait().unwrap();
+    stranger.kill();
 
     let none = knock();
     none.say(open(attachment), &[]);

@@ -105,6 +105,15 @@ async fn a_child_that_writes_on_after_its_parents_death_changes_nothing_for_othe
     daemon.stop();
 }
 
+/// Says that it is over when it is dropped, whatever fails before.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_are_right_or_a_miss_while_their_writer_scribbles_over_them() {
     let site = site("0");
@@ -120,6 +129,7 @@ async fn blocks_are_right_or_a_miss_while_their_writer_scribbles_over_them() {
                 own.iter().for_each(|(_, memory)| overwrite(memory, 0xee));
             }
         });
+        let _ends_the_scribbling = Over(&is_over);
         let handle = tokio::runtime::Handle::current();
         tokio::task::block_in_place(|| {
             for seed in 1..30 {
@@ -134,7 +144,6 @@ async fn blocks_are_right_or_a_miss_while_their_writer_scribbles_over_them() {
                 handle.block_on(get_right(&reader, &run));
             }
         });
-        is_over.store(true, Ordering::Relaxed);
     });
     daemon.stop();
 }
