@@ -5,12 +5,14 @@ use std::os::fd::AsRawFd;
 
 use bytes::Bytes;
 use tender_client::proto::Shard;
+use tender_client::proto::greeting::ToDaemon;
 use tender_client::{BlockStore, Put, Remote};
 
 use crate::memory::Memory;
 use crate::raw::Raw;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
+use crate::support::wait_until;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
 /// Blocks each page of which begins with the mark.
@@ -67,6 +69,34 @@ async fn memory_that_a_client_writes_is_shown_to_its_own_tenant_alone() {
     for unknown in [0, mapping + 1, mapping + 1000, u32::MAX] {
         assert!(sibling.fetch(unknown).is_none(), "mapping {unknown}");
     }
+    daemon.stop();
+}
+
+/// Between `Mapped` and the seal nobody but its writer may have the file: whoever has could map it for writing, and the writer's group
+/// trusts what lies there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_is_not_closed_for_writers_yet_is_given_to_nobody() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    let sibling = Raw::open(&site.socket(), None, &attach_as("sibling", "model", LARGE)).await;
+    let mut offers = Vec::new();
+    for group in ["first", "second"] {
+        let mut writer = Raw::open(&site.socket(), None, &attach_as(group, "model", LARGE)).await;
+        writer.submit(&Raw::reserve_request(&writer.run(1, 1)));
+        offers.push((writer.offer(), writer));
+    }
+    // The pages of the first are made before the second is closed, which takes a while.
+    for (offer, writer) in &offers {
+        writer.socket.say(ToDaemon::Mapped(offer.mapping), &[]);
+    }
+    let mapping = offers[1].0.mapping;
+    let mut found = None;
+    wait_until("memory that is closed for writers", || {
+        found = sibling.fetch(mapping);
+        found.is_some()
+    });
+    let found = found.unwrap();
+    assert!(Memory::to_write(&found.file, found.bytes).is_err(), "a sibling's memory, mapped for writing");
     daemon.stop();
 }
 

@@ -440,7 +440,10 @@ impl Doorman {
         let tenant =
             self.member_of(name).and_then(|attachment| self.members.get(&attachment)).map(|member| member.tenant);
         let known = self.memory.values_mut().find(|memory| memory.mapping == mapping && Some(memory.tenant) == tenant);
-        let Some(memory) = known.filter(|memory| memory.until.is_none()) else {
+        // Its writer has mapped it, but it is closed for others a moment later: until then its descriptor is one to write with.
+        let closed =
+            known.filter(|memory| memory.until.is_none() && memory.file.is_closed_for_writers().unwrap_or(false));
+        let Some(memory) = closed else {
             return self.say(name, &ToClient::Forget(mapping), &[]);
         };
         if !memory.readers.contains(&name) {
