@@ -232,7 +232,7 @@ impl Doorman {
         // A few at a time: others are to be heard as well.
         for _ in 0..16 {
             let Ok((socket, _)) = self.listener.accept() else { return };
-            let waiting = self.connections.len() - self.members.len().min(self.connections.len());
+            let waiting = self.connections.values().filter(|connection| connection.attachment().is_none()).count();
             if waiting >= limits::GREETINGS_MAX {
                 continue;
             }
@@ -488,6 +488,7 @@ impl Doorman {
     fn hang_up(&mut self, name: u64) {
         if let Some(connection) = self.connections.remove(&name) {
             self.sleeper.ignore(connection.socket());
+            self.memory.values_mut().for_each(|memory| memory.readers.retain(|reader| *reader != name));
         }
     }
 
