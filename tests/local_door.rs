@@ -17,6 +17,8 @@ mod memory;
 mod overwriting;
 #[path = "local_door/raw.rs"]
 mod raw;
+#[path = "local_door/restarts.rs"]
+mod restarts;
 #[path = "local_door/rings.rs"]
 mod rings;
 #[expect(dead_code, reason = "each test file uses what it needs")]

@@ -4,8 +4,7 @@
 mod support;
 
 use support::blocks::{Run, attach_to};
-use support::site::{Running, Site};
-use support::{children_of, runs, signal, wait_until};
+use support::site::Site;
 use tender_client::proto::wire::Tier as WireTier;
 use tender_client::proto::{BlockLayout, Shard};
 use tender_client::{BlockStore, BlockView, Doors, GetEnd, Remote, Tier};
@@ -13,14 +12,6 @@ use tender_client::{BlockStore, BlockView, Doors, GetEnd, Remote, Tier};
 /// Of two tenants; no disk, so that what is hit was in host memory.
 fn site() -> Site {
     Site::of_two_tenants(&["--host", "64MiB", "--disk", "0"])
-}
-
-/// kill -9 of the worker; returns when the next one runs.
-fn kill_worker(daemon: &Running) {
-    let worker = children_of(daemon.id())[0];
-    signal(worker, "KILL");
-    wait_until("the end of the worker", || !runs(worker));
-    wait_until("the next worker", || children_of(daemon.id()).iter().any(|child| *child != worker));
 }
 
 async fn view(run: &Run, store: &Remote) -> Vec<BlockView> {
@@ -59,7 +50,7 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
     let (views_small, views_large) = (view(&runs_small, &small).await, view(&run_large, &large).await);
     let leased = |views: &[BlockView]| views.iter().filter(|view| view.is_leased()).count();
     assert!(leased(&views_small) > 100 && leased(&views_large) > 20, "nothing is leased in place");
-    kill_worker(&daemon);
+    daemon.kill_worker();
     unchanged(&runs_small, &views_small);
     // Still held before anybody has come back: others fill memory meanwhile.
     let other = site.attach_other(attach_to("other", BlockLayout::opaque(16 << 10))).await;
@@ -74,7 +65,7 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
     unchanged(&runs_small, &views_small);
     unchanged(&run_large, &views_large);
     // And once more.
-    kill_worker(&daemon);
+    daemon.kill_worker();
     overwrite(&other, 2, 20_000).await;
     unchanged(&runs_small, &views_small);
     unchanged(&run_large, &views_large);
@@ -97,7 +88,7 @@ async fn blocks_in_host_memory_are_hit_there_after_the_worker_was_killed() {
     run.put(&store).await;
     run_other.put(&other).await;
     for _ in 0..3 {
-        kill_worker(&daemon);
+        daemon.kill_worker();
         run.expect(&store, Some(Tier::Host)).await;
         run_other.expect(&other, Some(Tier::Host)).await;
     }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use tender_client::Attach;
 use tender_client::proto::descriptors::{self, DESCRIPTORS_MAX, EventFd, Process};
-use tender_client::proto::door::{Asked, CommitOutcome, Extent, Filled, HoldId, Reply, Request, ReserveOutcome};
+use tender_client::proto::door::{
+    Asked, CommitOutcome, Extent, Filled, Held, HoldId, HoldKind, Reply, Request, ReserveOutcome, Status,
+};
 use tender_client::proto::greeting::{MESSAGE_BYTES, SOCKET_SUFFIX, ToClient, ToDaemon};
 use tender_client::proto::ring::{ClientRing, RING_BYTES, RingMemory, Submission};
 use tender_client::proto::sum::fragment_sums;
@@ -131,9 +133,19 @@ pub struct Raw {
 
 impl Raw {
     pub async fn open(socket: &Path, token: Option<&str>, attach: &Attach) -> Self {
+        Self::open_as(socket, token, attach, 0).await
+    }
+
+    /// The same process after the daemon's worker was killed: under another number, with what it had mapped.
+    pub async fn come_again(self, socket: &Path, token: Option<&str>, attach: &Attach) -> Self {
+        let again = Self::open_as(socket, token, attach, self.attachment).await;
+        Self { own: self.own, ..again }
+    }
+
+    async fn open_as(socket: &Path, token: Option<&str>, attach: &Attach, former: u64) -> Self {
         let (attachment, root) = self::attach(socket, token, attach).await;
         let socket = Socket::connect(socket);
-        socket.say(ToDaemon::Open { attachment, former: 0 }, &[Process::open_self().unwrap().as_fd()]);
+        socket.say(ToDaemon::Open { attachment, former }, &[Process::open_self().unwrap().as_fd()]);
         let opened = socket.hear().expect("the daemon lets in who has attached");
         let (ToClient::Opened { shared_bytes, verify }, descriptors) = opened else { panic!("{:?}", opened.0) };
         let [ring_file, doorbell, bell, shared_file] = <[OwnedFd; 4]>::try_from(descriptors).unwrap();
@@ -269,6 +281,20 @@ impl Raw {
     /// Writes a block's bytes, or the first of them, to its slot.
     pub fn fill(&self, slot: &Slot, bytes: &[u8]) {
         self.own[&slot.extent.segment].write(slot.extent.offset_bytes, bytes);
+    }
+
+    /// Says that these slots are still its own, and no others: which of them the daemon knows.
+    pub fn confirm(&mut self, slots: &[Slot]) -> usize {
+        let held = |slot: &Slot| Held {
+            hold: slot.hold,
+            segment: slot.extent.segment,
+            offset_bytes: slot.extent.offset_bytes,
+            kind: HoldKind::Reservation,
+        };
+        let held: Vec<Held> = slots.iter().map(held).collect();
+        let Reply::Confirmed(confirmed) = self.ask(&Request::Confirm(held.into())) else { panic!("not confirmed") };
+        assert_eq!(self.ask(&Request::Confirm(Vec::new().into())).status(), Status::Done);
+        confirmed.count_ones()
     }
 
     /// Commits with the sums of what the blocks are to be.

@@ -180,9 +180,13 @@ pub struct Running {
 }
 
 impl Running {
-    /// Number of the keeper's process.
-    pub fn id(&self) -> u32 {
-        self.child.id()
+    /// kill -9 of the worker; returns when the next one runs.
+    pub fn kill_worker(&self) {
+        let keeper = self.child.id();
+        let worker = super::children_of(keeper)[0];
+        signal(worker, "KILL");
+        wait_until("the end of the worker", || !super::runs(worker));
+        wait_until("the next worker", || super::children_of(keeper).iter().any(|child| *child != worker));
     }
 
     fn ends_within(&mut self, patience: Duration) -> Option<ExitStatus> {
