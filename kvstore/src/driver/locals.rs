@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use tender_proto::descriptors::{Bell, EventFd};
-use tender_proto::door::Asked;
+use tender_proto::door::{self, Asked};
 use tender_proto::ring::{DaemonRing, RingMemory, Ticket};
 
 use super::ring::{self, Mappings, Member};
 use super::waiting::Sleeper;
 use crate::device::memory::Arena;
 use crate::names::AttachmentId;
+use crate::telemetry;
 use crate::verb::{Reply, Verb};
 
 /// Requests taken from one ring before the next one's turn comes.
@@ -41,6 +43,7 @@ pub struct Open {
     attachment: AttachmentId,
     ticket: Ticket,
     asked: Asked,
+    since: Instant,
 }
 
 /// A request that came through a ring.
@@ -128,7 +131,7 @@ impl Locals {
                 };
                 match ring::request(*member, &taken.submission, &self.bytes, &self.mappings) {
                     Ok((verb, asked)) => {
-                        let open = Open { attachment, ticket: taken.ticket, asked };
+                        let open = Open { attachment, ticket: taken.ticket, asked, since: Instant::now() };
                         requests.push(Taken { verb, deadline_ms: taken.submission.deadline_ms, open });
                     }
                     Err(reply) => {
@@ -158,6 +161,7 @@ impl Locals {
         let undo = (!left_out.is_empty()).then(|| ring::release(left_out));
         local.ring.complete(open.ticket, reply.status().number(), &self.bytes);
         self.told.push(open.attachment);
+        telemetry::request_done(name_of(open.asked.verb), open.since.elapsed());
         Replied::Done(undo)
     }
 
@@ -196,6 +200,22 @@ impl Locals {
         for local in self.by_name.values_mut() {
             local.ring.woke();
         }
+    }
+}
+
+/// What a verb is called on the metrics page.
+const fn name_of(verb: door::Verb) -> &'static str {
+    match verb {
+        door::Verb::Reserve => "reserve",
+        door::Verb::Commit => "commit",
+        door::Verb::Abort => "abort",
+        door::Verb::Acquire => "acquire",
+        door::Verb::Release => "release",
+        door::Verb::Lookup => "lookup",
+        door::Verb::Prefetch => "prefetch",
+        door::Verb::Durable => "durable",
+        door::Verb::Purge => "purge",
+        door::Verb::Confirm => "confirm",
     }
 }
 
