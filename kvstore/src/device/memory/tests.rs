@@ -469,7 +469,7 @@ fn ingest_memory_is_for_no_device_and_written_by_nobody_here() {
         ("is ingest memory", &|| arena.zero_from(page, 0)),
         ("is ingest memory", &|| drop(arena.promote(page, page, 1))),
         ("ingest place 3 is empty", &|| arena.read(extent(3, 0, PAGE_BYTES), 0, &mut [0])),
-        ("is no ingest place", &|| drop(arena.promote(own, own, 1))),
+        ("overlap", &|| drop(arena.promote(own, own, 1))),
         ("is no ingest place", &|| _ = arena.take_out(1)),
         ("leaves its segment", &|| arena.read(extent(2, MIB, PAGE_BYTES), 0, &mut [0])),
         ("leave Extent", &|| drop(arena.promote(page, own, PAGE_BYTES as usize + 1))),
