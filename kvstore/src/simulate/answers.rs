@@ -297,6 +297,9 @@ impl World {
         for event in &events {
             let block = self.oracle.told(event);
             let (place, present) = (event.place, event.present);
+            if present && place == Place::Disk {
+                self.found_on_disk.insert(block);
+            }
             self.trace.note(format_args!("  {block:?} {} {place:?}", if present { "came to" } else { "left" }));
         }
         assert!(!events.is_empty(), "events of {tenant:?} were announced, but none come after {seen}");

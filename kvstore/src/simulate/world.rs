@@ -119,6 +119,8 @@ pub(super) struct World {
     pub(super) dying: Vec<Disk>,
     /// What is to be found when they have come to their end.
     pub(super) durable_before: BTreeSet<Block>,
+    /// Blocks that came to disk since a disk last joined.
+    pub(super) found_on_disk: BTreeSet<Block>,
     /// A name that a process joined under, after the one that it knows of.
     pub(super) aliases: Vec<(AttachmentId, AttachmentId)>,
 }
@@ -160,6 +162,7 @@ impl World {
             is_dead: false,
             dying: Vec::new(),
             durable_before: BTreeSet::new(),
+            found_on_disk: BTreeSet::new(),
             aliases: Vec::new(),
             scenario,
         };
