@@ -338,8 +338,8 @@ impl World {
             let (tenant, attachment) = self.member(group);
             let shard = Shard { index, count: shards };
             let bytes_max = if self.random.happens(100) { self.random.below(200_000) } else { u64::MAX };
-            // Who finds no memory to write to puts over gRPC.
-            let is_stream = self.random.happens(100);
+            // Who finds no memory to write to puts over gRPC. Not yet in worlds that restart warm: HACKING, Known gaps.
+            let is_stream = self.random.happens(100) && self.scenario.warm_restarts == 0;
             let door = if is_stream { Door::Stream } else { self.groups[group].door };
             let verb = Verb::Reserve { attachment, parent, keys: keys.clone(), shard, bytes_max, door };
             let deadline_ms = self.deadline_ms();
