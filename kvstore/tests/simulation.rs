@@ -1,7 +1,8 @@
 //! The simulated world, over many seeds: no wrong byte, nothing acknowledged that is lost, nothing purged that comes back, nobody left
 //! without an answer, no slot leaked.
 //!
-//! `TENDER_SIM_SEED` runs one seed (or, with `TENDER_SIM_SEEDS`, so many from it on), `TENDER_SIM_OPS` sets the operations of each.
+//! `TENDER_SIM_SEED` runs one seed (or, with `TENDER_SIM_SEEDS`, so many from it on), `TENDER_SIM_OPS` sets the operations of each;
+//! `TENDER_SIM_TRACE` names a file for all that is known of a failure's past.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -41,7 +42,12 @@ fn every_world_keeps_its_promises() {
                 if seed >= first + count {
                     return totals;
                 }
-                let done = simulate::run(seed, operations).unwrap_or_else(|failure| panic!("{failure}"));
+                let done = simulate::run(seed, operations).unwrap_or_else(|failure| {
+                    if let Some(file) = std::env::var_os("TENDER_SIM_TRACE") {
+                        std::fs::write(&file, failure.last.join("\n")).expect("TENDER_SIM_TRACE can be written");
+                    }
+                    panic!("{failure}")
+                });
                 let numbers = [
                     done.steps,
                     done.leased_blocks,

@@ -85,7 +85,9 @@ pub struct Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.last.iter().try_for_each(|line| writeln!(f, "  {line}"))?;
+        /// Lines that are enough to see what went wrong, if not why.
+        const LINES: usize = 60;
+        self.last[self.last.len().saturating_sub(LINES)..].iter().try_for_each(|line| writeln!(f, "  {line}"))?;
         let Self { seed, operations, world, what, .. } = self;
         write!(f, "seed {seed} with {operations} operations: {what}\n  in a world of {world}")
     }

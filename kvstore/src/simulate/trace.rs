@@ -8,7 +8,7 @@ use std::rc::Rc;
 use tender_proto::sum::mix;
 
 /// Lines remembered.
-const LINES_MAX: usize = 60;
+const LINES_MAX: usize = 300_000;
 
 /// The last lines of a trace.
 pub(super) type Kept = Rc<RefCell<VecDeque<String>>>;
