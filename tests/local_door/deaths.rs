@@ -1,9 +1,15 @@
 //! Clients that are killed, or stopped, with leases and half-written blocks.
 
+use std::time::{Duration, Instant};
+
+use tender_client::proto::door::{CommitOutcome, Filled, Reply, Request};
+use tender_client::proto::sum::fragment_sums;
 use tender_client::proto::wire::Tier;
 use tender_client::{BlockStore, Lookup};
 
 use crate::actor::{Actor, attach_line};
+use crate::raw::Raw;
+use crate::support::PATIENCE;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
@@ -33,6 +39,48 @@ async fn a_killed_client_leaves_no_lease_and_nothing_half_written_and_what_it_co
         theirs.expect(&witness, None).await;
         half.put(&witness).await;
         half.expect(&witness, None).await;
+    }
+    daemon.at_rest().await;
+    daemon.stop();
+}
+
+/// It cannot know yet that another rank has died, and writes on: nothing else may come to lie there meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_living_member_fills_is_nobody_elses_when_another_member_dies() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    for (is_other, model, block_bytes) in [(false, "large", LARGE), (true, "small", SMALL)] {
+        let token = is_other.then_some(TOKEN);
+        let witness = client(&site, is_other, attach_as("witness", model, block_bytes)).await;
+        let mut living = Raw::open(&site.socket(), token, &attach_as("engine", model, block_bytes)).await;
+        let mut doomed = Actor::start(site.path(model));
+        doomed.expect(&attach_line(&site.socket(), token, "engine", model, block_bytes), "attached");
+        doomed.expect("half 3 8", "granted 8");
+        let (in_vain, afterwards) = (living.run(4, 8), living.run(5, 8));
+        let slots = living.reserve(&in_vain);
+        assert_eq!(daemon.tier(Tier::Host).await.busy_slots, 16);
+        doomed.kill();
+        let began = Instant::now();
+        while daemon.tier(Tier::Host).await.busy_slots > 8 {
+            assert!(began.elapsed() < PATIENCE, "the death was not noticed");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let others = living.put(&afterwards);
+        for (block, slot) in slots.iter().enumerate() {
+            assert!(others.iter().all(|other| other.extent != slot.extent), "{:?} is still being filled", slot.extent);
+            living.fill(slot, &in_vain.payload(block));
+        }
+        let sums = |block| fragment_sums(&in_vain.payload(block));
+        let filled: Vec<Filled> =
+            slots.iter().enumerate().map(|(block, slot)| Filled { hold: slot.hold, sums: sums(block) }).collect();
+        let reply = living.ask(&Request::Commit(filled.into()));
+        assert_eq!(reply, Reply::Committed(vec![CommitOutcome::Gone; slots.len()]), "what its group began is over");
+        in_vain.expect_nothing(&witness).await;
+        afterwards.expect(&witness, None).await;
+        let slots = living.put(&in_vain);
+        assert_eq!(slots.len(), 8, "it may begin anew");
+        in_vain.expect(&witness, None).await;
+        living.leave();
     }
     daemon.at_rest().await;
     daemon.stop();

@@ -105,12 +105,16 @@ pub struct PurgeWait {
 }
 
 /// A drain.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DrainWait {
     /// The next node to look at.
     pub next: u32,
     /// It waits for writes before it looks at more.
     pub is_stuck: bool,
+    /// Copies on disk that are being read: whether they are what was written.
+    pub checks: usize,
+    /// Whether all blocks were looked at once: what these checks found wanting is written now.
+    pub is_second: bool,
     /// The flush that it waits for.
     pub cycle: Option<CycleId>,
 }

@@ -15,9 +15,9 @@ use tender_proto::sum;
 use super::put::shard_of;
 use super::room::NoSlot;
 use super::{Action, Actions, Core, Job};
-use crate::admission::grants::Right;
+use crate::admission::grants::{Grant, Right};
 use crate::limits;
-use crate::names::{AttachmentId, By, GroupId, Hold, NodeId, Place, RequestId, SlotId};
+use crate::names::{AttachmentId, By, Door, GroupId, Hold, NodeId, Place, RequestId, SlotId};
 use crate::tier::host::records::SlotUse;
 use crate::tier::slab::{Owner, ShelfId, SlotState};
 use crate::transfer::lanes::Lane;
@@ -419,28 +419,39 @@ impl Core {
         }
     }
 
-    /// A client that writes in place is dead, for certain, or has left in good order. What its group began is ended, or what it began itself;
-    /// its segments are given up once their blocks have been copied out.
+    /// A client that writes in place is dead, for certain, or has left in good order. What it held there is ended, and what its group was
+    /// reading there when it was the last; after a death the group's unfinished blocks are given up, but a slot that another member or a
+    /// stream still fills is free only when that one is done. Its segments are given up once their blocks have been copied out.
     pub(super) fn member_gone(&mut self, attachment: AttachmentId, is_dead: bool) {
         let Some((group, is_last)) = self.attachments.local_gone(attachment) else { return };
-        let ended: Vec<(Hold, Right)> = self
-            .grants
-            .all()
-            .filter(|(_, grant)| {
-                let is_ended = grant.right == Right::Reservation && (is_dead || grant.holder.attachment == attachment);
-                grant.holder.group == group && (is_last || is_ended)
-            })
-            .map(|(hold, grant)| (hold, grant.right))
-            .collect();
-        for (hold, right) in ended {
+        let of_group: Vec<(Hold, Grant)> = self.grants.all().filter(|(_, grant)| grant.holder.group == group).collect();
+        for &(hold, Grant { right, holder, .. }) in of_group.iter().filter(|(_, grant)| grant.holder.door == Door::Ring)
+        {
             match right {
-                Right::Reservation => self.abort(By::Daemon, &[hold]),
-                Right::Lease => self.release(By::Daemon, &[hold]),
+                Right::Reservation if is_last || holder.attachment == attachment => self.abort(By::Daemon, &[hold]),
+                Right::Lease if is_last => self.release(By::Daemon, &[hold]),
+                _ => {}
+            }
+        }
+        if is_dead {
+            for (hold, _) in of_group {
+                self.end_unfinished(hold);
             }
         }
         self.give_up_segments(attachment, is_dead);
         self.forget_member(attachment);
         self.end_unclaimed(group);
+    }
+
+    /// The block that a reservation is for, if it still stands, will not be whole.
+    fn end_unfinished(&mut self, hold: Hold) {
+        let grant = self.grants.get(hold, By::Daemon).filter(|grant| grant.right == Right::Reservation);
+        let Some(Grant { slot, .. }) = grant else { return };
+        let record = self.host.tier.slab.slot(slot);
+        let (node, doomed) = (record.node, record.doomed);
+        if !doomed {
+            self.drop_filling(node);
+        }
     }
 
     /// The segments of a client that is gone, or that has others now, are given up once their blocks have been copied out.

@@ -18,6 +18,12 @@ use super::put::shard_of;
 const DAEMON: GroupId = GroupId(0);
 
 impl Core {
+    /// Whether the layout of the copy on disk is known: somebody has attached, or the copy in host memory has the same shards.
+    pub(super) fn is_loadable(&self, node: NodeId) -> bool {
+        let first = self.index.node(node).copy(Place::Disk);
+        first.is_some_and(|first| self.shape(node, self.disk().tier.slab.slot(first).shard_count).is_some())
+    }
+
     /// Begins to load a block that is on disk, or joins a load under way.
     pub(super) fn load(&mut self, node: NodeId, lane: Lane, waiter: (RequestId, Option<usize>)) -> Result<(), ()> {
         if let Some(load) = self.loads.get_mut(&node) {
@@ -88,12 +94,12 @@ impl Core {
     fn load_part(&self, node: NodeId, disk_slot: SlotId, host_slot: SlotId) -> Transfer {
         let record = *self.disk().tier.slab.slot(disk_slot);
         let shard = shard_of(record.shard_index, record.shard_count);
-        let known = self.index.namespaces.get(self.index.node(node).namespace).known.as_ref();
-        let known = known.expect("a block is loaded under an attachment, which has a layout");
+        let shape =
+            self.shape(node, record.shard_count).expect("the daemon loads what is attached to, or in host memory");
         let expected = Expected {
-            seed: sum::seed(&self.index.node(node).key, shard, known.fingerprint),
+            seed: sum::seed(&self.index.node(node).key, shard, shape.layout),
             root: record.root,
-            payload_bytes: known.layout.shard_bytes(shard.count) as u32,
+            payload_bytes: shape.payload_bytes,
         };
         let into = self.host.extent(host_slot);
         // Bytes written under a layout of another size can only fail their sum; they must not overrun the slot on the way there.

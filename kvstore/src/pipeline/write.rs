@@ -15,6 +15,9 @@ use crate::transfer::lanes::Lane;
 use crate::transfer::{Outcome, Transfer, TransferId};
 use crate::verb::Reply;
 
+/// Copies on disk that a drain has read at once.
+const DRAIN_CHECKS: usize = 32;
+
 impl Core {
     pub(super) fn disk_usable(&self) -> bool {
         self.disk.as_ref().is_some_and(|disk| disk.is_usable(self.now_ms))
@@ -161,6 +164,10 @@ impl Core {
 
     /// Something that a durable waits for has ended; a flush makes it durable.
     pub(super) fn durable_part_ended(&mut self, request: RequestId) {
+        if let Some(Waiting::Drain(wait)) = self.pending.get_mut(request) {
+            wait.checks -= 1;
+            return;
+        }
         let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) else { return };
         wait.parts_left -= 1;
         if wait.parts_left == 0 && std::mem::take(&mut wait.rewrites) {
@@ -409,7 +416,8 @@ impl Core {
                 unflushed |= !unread && !self.is_durable(node);
                 if unread && self.load(node, Lane::Demand, (id, None)).is_ok() {
                     wait.parts_left += 1;
-                    wait.rewrites |= is_suspect;
+                    // If it is not what was written, there is another copy to write.
+                    wait.rewrites |= is_suspect || self.index.node(node).copy(Place::Host).is_some();
                 }
             } else if self.is_ingest(node) {
                 wait.parts_left += usize::from(self.disk.is_some() && self.promote_durably(node, id));
@@ -466,19 +474,31 @@ impl Core {
         if self.disk.as_ref().is_none_or(|disk| disk.is_awaited()) {
             return Some(Reply::Done);
         }
-        self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait { next: 0, is_stuck: false, cycle: None }));
+        self.pending.park(id, deadline_ms, Waiting::Drain(DrainWait::default()));
         None
     }
 
     pub(super) fn go_on_stopping(&mut self) {
         for id in self.pending.which(|waiting| matches!(waiting, Waiting::Drain(wait) if wait.cycle.is_none())) {
-            let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) else { continue };
-            let from = wait.next;
+            let Some(Waiting::Drain(DrainWait { next: from, checks, is_second, .. })) = self.pending.get_mut(id) else {
+                continue;
+            };
+            let (from, mut checks, mut is_second) = (*from, *checks, *is_second);
             let end = self.index.end();
             let mut to = from.saturating_add(limits::CONTINUATION_BLOCKS as u32).min(end);
             for node in self.index.in_host(from, to) {
                 self.drop_suspect(node);
                 if self.index.node(node).copy(Place::Disk).is_some() {
+                    // Of one that was found at the start its writing may have been cut short.
+                    if is_second || self.is_verified(node) || !self.is_loadable(node) {
+                        continue;
+                    }
+                    if checks < DRAIN_CHECKS && self.load(node, Lane::Prefetch, (id, None)).is_ok() {
+                        checks += 1;
+                    } else if checks > 0 {
+                        to = node.0;
+                        break;
+                    }
                     continue;
                 }
                 // It goes on with a later tick: asking again at once would only spin.
@@ -497,12 +517,18 @@ impl Core {
                     break;
                 }
             }
-            let done = to == end && self.writing.is_empty();
-            let flush = if done { self.disk.as_mut().map(|disk| disk.directory.want()) } else { None };
-            let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) else { continue };
-            wait.is_stuck = to == from && to < end;
-            wait.next = to;
-            wait.cycle = flush;
+            let is_stuck = to == from && to < end;
+            let mut flush = None;
+            if to == end && self.writing.is_empty() && checks == 0 {
+                if is_second {
+                    flush = self.disk.as_mut().map(|disk| disk.directory.want());
+                } else {
+                    (to, is_second) = (0, true);
+                }
+            }
+            if let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) {
+                *wait = DrainWait { next: to, is_stuck, checks, is_second, cycle: flush };
+            }
         }
     }
 }

@@ -159,9 +159,21 @@ impl World {
             assert_eq!(self.is_ingest(extent.segment), door == Door::Ring, "clients write to their own segments alone");
             self.lies_in_file_of(tenant, extent);
             let is_local = door == Door::Ring;
-            puts.push(Put { group, version, block, shard, hold, extent, payload_bytes, attachment, is_local });
+            let is_ended = false;
+            puts.push(Put {
+                group,
+                version,
+                block,
+                shard,
+                hold,
+                extent,
+                payload_bytes,
+                attachment,
+                is_local,
+                is_ended,
+            });
             // A torn read may leave another's bytes in memory that nobody can read: only sound disks allow the stricter claim.
-            if !self.scenario.lossy && self.summary.power_cuts + self.summary.kills == 0 {
+            if !self.scenario.lossy && self.summary.power_cuts + self.summary.kills + self.summary.warm_restarts == 0 {
                 let mut memory = vec![0; extent.bytes as usize];
                 self.arena.read(extent, 0, &mut memory);
                 // What was scribbled over looks like nobody's.
@@ -180,6 +192,7 @@ impl World {
             if *outcome != CommitOutcome::Gone {
                 let group = self.groups[put.group].version;
                 assert_eq!(put.version, group, "a group's reservations end with it: {put:?}");
+                assert!(!put.is_ended, "a death ends what its group was writing: {put:?}");
                 self.oracle.committed(put.block, put.version, self.summary.steps);
                 self.summary.committed_shards += 1;
                 self.remember_committed(put);

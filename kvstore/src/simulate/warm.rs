@@ -6,11 +6,11 @@ use std::sync::Arc;
 use super::clients::Question;
 use super::world::{Disk, Due, World};
 use crate::device::block::simulated::SimulatedDisk;
-use crate::names::{AttachmentId, Door, Place};
-use crate::pipeline::{Core, CoreConfig, Event};
+use crate::names::{AttachmentId, Door, Place, RequestId, TenantId};
+use crate::pipeline::{Action, Core, CoreConfig, Event};
 use crate::tier::host::records::{Geometry, Records};
 use crate::transfer::disk::InFlight;
-use crate::verb::{Held, Verb};
+use crate::verb::{Held, Reply, Request, Verb};
 
 impl World {
     pub(super) fn geometry(core: &CoreConfig) -> Geometry {
@@ -38,8 +38,11 @@ impl World {
         self.summary.warm_restarts += 1;
         self.summary.cut_steps += u64::from(was_cut);
         self.count_time();
+        if was_cut {
+            self.hear_the_last();
+        }
         self.heard.clear();
-        let (mut dead, mut joining) = (Vec::new(), Vec::new());
+        let (mut gone, mut joining) = (Vec::new(), Vec::new());
         for asked in std::mem::take(&mut self.asked).into_values() {
             match asked.question {
                 // Nobody was told whether it was done.
@@ -48,7 +51,7 @@ impl World {
                         self.oracle.committed(put.block, put.version, self.summary.steps);
                     }
                 }
-                Question::Gone { attachment } => dead.push((asked.tenant, attachment)),
+                Question::Gone { attachment, is_dead } => gone.push((asked.tenant, attachment, is_dead)),
                 // A process that was not let in gives up.
                 Question::Join { group, attachment } => joining.push((group, attachment)),
                 _ => {}
@@ -72,8 +75,9 @@ impl World {
         self.step(Event::Tick);
         self.core.check();
         // Whoever keeps the processes' descriptors says again what it was not answered.
-        for (tenant, attachment) in dead {
-            self.ask(tenant, self.now_ms(), Verb::Gone(attachment), Question::Gone { attachment });
+        for (tenant, attachment, is_dead) in gone {
+            let verb = if is_dead { Verb::Gone(attachment) } else { Verb::Left(attachment) };
+            self.ask(tenant, self.now_ms(), verb, Question::Gone { attachment, is_dead });
         }
         for (group, attachment) in joining {
             self.former_dies(group, attachment);
@@ -82,6 +86,23 @@ impl World {
             for former in self.groups[group].formers.clone() {
                 let after_us = self.random.below(100_000);
                 self.schedule(after_us, Due::Rejoin { group, former });
+            }
+        }
+    }
+
+    /// What left its tier before the worker's end, and what it had no time to tell: it may have done so for good.
+    fn hear_the_last(&mut self) {
+        for (tenant, (attachment, after)) in (0u16..).map(TenantId).zip(self.watchers.clone()) {
+            let verb = Verb::Events { attachment, after };
+            let request = Request { id: RequestId(u64::MAX), tenant, deadline_ms: self.now_ms(), verb };
+            let mut actions = Vec::new();
+            self.core.step(Event::Request(request), self.now_ms(), &mut actions);
+            for action in actions {
+                if let Action::Reply(_, Reply::Events(Some(events))) = action {
+                    for event in &events {
+                        self.oracle.told(event);
+                    }
+                }
             }
         }
     }
@@ -152,11 +173,15 @@ impl World {
             self.let_go_of(ended);
         }
         let tenant = self.groups[group].tenant;
-        let names: Vec<AttachmentId> =
-            self.aliases.iter().filter(|(known, _)| *known == former).map(|(_, name)| *name).collect();
-        for attachment in names.into_iter().chain([former]) {
-            self.ask(tenant, self.now_ms(), Verb::Gone(attachment), Question::Gone { attachment });
+        for attachment in self.names_of(former) {
+            self.ask(tenant, self.now_ms(), Verb::Gone(attachment), Question::Gone { attachment, is_dead: true });
         }
+    }
+
+    /// Names under which the daemon may know a process: the one that it knows of itself comes last.
+    pub(super) fn names_of(&self, known: AttachmentId) -> Vec<AttachmentId> {
+        let aliases = self.aliases.iter().filter(|(of, _)| *of == known);
+        aliases.map(|(_, name)| *name).chain([known]).collect()
     }
 
     /// Nobody is left who has not come back.

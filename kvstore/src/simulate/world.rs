@@ -211,6 +211,14 @@ impl World {
         self.queue.clear();
     }
 
+    /// All puts that somebody will finish, by reply.
+    pub(super) fn puts(&mut self) -> impl Iterator<Item = &mut Vec<Put>> {
+        self.queue.values_mut().filter_map(|due| match due {
+            Due::FinishPut(puts) => Some(puts),
+            _ => None,
+        })
+    }
+
     /// All leases that somebody will give back.
     pub(super) fn leases(&mut self) -> impl Iterator<Item = &mut Lease> {
         let released = self.queue.values_mut().filter_map(|due| match due {
