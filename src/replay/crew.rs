@@ -1,11 +1,13 @@
 //! The client processes of a replay. One that was killed on purpose has a successor, which does again what it left undone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::process::Stdio;
+use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::process::{Child, ChildStdin};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout_at};
 
 use super::process::child;
 use super::protocol::{FromClient, Setup, ToClient};
@@ -13,6 +15,9 @@ use crate::failure::Failure;
 
 /// How long the successor of a killed client looks for a daemon, whose worker may be starting.
 const PATIENCE_MS: u64 = 20_000;
+
+/// How long the end of a client that takes no more jobs may be on its way here.
+const END_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a client process said, or how it ended.
 type Words = Result<FromClient, String>;
@@ -32,6 +37,8 @@ pub struct Crew {
     clients: Vec<Client>,
     tell: mpsc::Sender<(usize, Words)>,
     heard: mpsc::Receiver<(usize, Words)>,
+    /// What was heard while the end of a client was awaited.
+    early: VecDeque<Heard>,
 }
 
 #[derive(Debug)]
@@ -50,16 +57,16 @@ impl Crew {
         // Full when the parent falls behind; the clients' pipes then fill, and they wait.
         let (tell, heard) = mpsc::channel(1024);
         let clients = (0..clients).map(|client| Client::start(client, &tell)).collect::<Result<_, _>>()?;
-        Ok(Self { clients, tell, heard })
+        Ok(Self { clients, tell, heard, early: VecDeque::new() })
     }
 
     /// Has all clients attach. `setup` is for the first; the others differ in their index.
     pub async fn set_up(&mut self, setup: &Setup) -> Result<(), Failure> {
         let requests_at_once = setup.requests_at_once.div_ceil(self.clients.len());
-        for (index, client) in self.clients.iter_mut().enumerate() {
+        for index in 0..self.clients.len() {
             let setup = Setup { client: index, requests_at_once, ..setup.clone() };
-            client.setup = Some(setup.clone());
-            client.say(index, &ToClient::Setup(setup)).await?;
+            self.clients[index].setup = Some(setup.clone());
+            self.say(index, &ToClient::Setup(setup)).await?;
         }
         for _ in 0..self.clients.len() {
             // The first answers, since nobody has a job yet.
@@ -70,14 +77,14 @@ impl Crew {
 
     /// Gives a job to the client that has the fewest.
     pub async fn give(&mut self, job: ToClient) -> Result<(), Failure> {
-        let alive = self.clients.iter_mut().enumerate().filter(|(_, client)| client.kill.is_some());
-        let Some((index, idlest)) = alive.min_by_key(|(_, client)| client.jobs.len()) else {
+        let alive = self.clients.iter().enumerate().filter(|(_, client)| client.kill.is_some());
+        let Some((index, _)) = alive.min_by_key(|(_, client)| client.jobs.len()) else {
             // All were killed at once: the first one's successor will do it.
             self.clients[0].jobs.extend(job.name().map(|name| (name, job)));
             return Ok(());
         };
-        idlest.jobs.extend(job.name().map(|name| (name, job.clone())));
-        idlest.say(index, &job).await
+        self.clients[index].jobs.extend(job.name().map(|name| (name, job.clone())));
+        self.say(index, &job).await
     }
 
     /// Jobs that are not done yet.
@@ -101,18 +108,40 @@ impl Crew {
         let mut successor = Client::start(index, &self.tell)?;
         successor.jobs = std::mem::take(&mut self.clients[index].jobs);
         successor.setup = self.clients[index].setup.take().map(|setup| Setup { patience_ms: PATIENCE_MS, ..setup });
-        if let Some(setup) = successor.setup.clone() {
-            successor.say(index, &ToClient::Setup(setup)).await?;
-        }
-        for job in successor.jobs.clone().values() {
-            successor.say(index, job).await?;
-        }
+        let (setup, jobs) = (successor.setup.clone(), successor.jobs.clone());
         self.clients[index] = successor;
+        for message in setup.map(ToClient::Setup).into_iter().chain(jobs.into_values()) {
+            self.say(index, &message).await?;
+        }
         Ok(())
     }
 
     /// What is heard next; a client that gives up, or is gone without having been killed on purpose, is a failure.
     pub async fn hear(&mut self) -> Result<Heard, Failure> {
+        match self.early.pop_front() {
+            Some(heard) => Ok(heard),
+            None => self.listen().await,
+        }
+    }
+
+    /// Tells a client something. Of one that has ended, the pipe may break before its end is heard, which tells more.
+    async fn say(&mut self, index: usize, message: &ToClient) -> Result<(), Failure> {
+        let Err(deaf) = self.clients[index].say(index, message).await else { return Ok(()) };
+        let deadline = Instant::now() + END_PATIENCE;
+        while let Ok(heard) = timeout_at(deadline, self.listen()).await {
+            let heard = heard?;
+            let is_killed = matches!(heard, Heard::Killed(client) if client == index);
+            self.early.push_back(heard);
+            if is_killed {
+                // Its successor is told of this job too.
+                return Ok(());
+            }
+        }
+        Err(deaf)
+    }
+
+    /// As [`Self::hear`], of what was not heard yet.
+    async fn listen(&mut self) -> Result<Heard, Failure> {
         match self.heard.recv().await {
             Some((client, Ok(FromClient::Failed(why)))) => {
                 Err(Failure::message(format_args!("client process {client}: {why}")))
