@@ -94,3 +94,54 @@ async fn blocks_in_host_memory_are_hit_there_after_the_worker_was_killed() {
     }
     daemon.stop();
 }
+
+/// The lock of a tier file, as a dead worker's last requests hold it: had as soon as a worker has died, and for so long as the test likes.
+async fn killed_worker_with_lock_held(daemon: &support::site::Running, file: &std::path::Path) -> std::fs::File {
+    let file = std::fs::File::open(file).unwrap();
+    let locker = tokio::task::spawn_blocking(move || file.lock().map(|()| file).unwrap());
+    while !locker.is_finished() {
+        // Should the next worker be faster, there is another chance.
+        daemon.kill_worker();
+        let began = std::time::Instant::now();
+        while !locker.is_finished() && began.elapsed() < std::time::Duration::from_secs(2) {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+    }
+    locker.await.unwrap()
+}
+
+async fn disk_is(daemon: &support::site::Running, state: &str) {
+    let began = std::time::Instant::now();
+    while daemon.tier(WireTier::Disk).await.state != state {
+        assert!(began.elapsed() < support::PATIENCE, "the disk never is {state}: {}", daemon.said());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn host_memory_is_served_while_the_lock_of_a_tier_file_is_awaited() {
+    let site = Site::new(&["--host", "64MiB", "--disk", "256MiB"]);
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let (on_disk, in_memory) = (Run::new(&store, 1, 100), Run::new(&store, 2, 100));
+    on_disk.put_durably(&store).await;
+    overwrite(&store, 2, 1_000).await;
+    assert!(!store.lookup(&on_disk.keys).await.host.contains(&true), "it was to be on disk alone");
+    in_memory.put(&store).await;
+    daemon.at_rest().await;
+    let lock = killed_worker_with_lock_held(&daemon, &site.tier_file()).await;
+    in_memory.expect(&store, Some(Tier::Host)).await;
+    assert_eq!(daemon.tier(WireTier::Disk).await.state, "awaited");
+    on_disk.expect_nothing(&store).await;
+    // Longer than a start waits for it.
+    support::wait_until("a word about the lock", || daemon.said().contains("the disk tier is not there"));
+    in_memory.expect(&store, Some(Tier::Host)).await;
+    assert_eq!(daemon.tier(WireTier::Disk).await.state, "awaited");
+    drop(lock);
+    disk_is(&daemon, "ready").await;
+    on_disk.expect(&store, Some(Tier::Disk)).await;
+    in_memory.expect(&store, Some(Tier::Host)).await;
+    let new = Run::new(&store, 3, 20);
+    new.put_durably(&store).await;
+    daemon.stop();
+}

@@ -1,10 +1,11 @@
 //! A worker, from configuration to the last flush: what was recovered, which threads run, when it stops.
 
+mod disks;
+
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tender_proto::TenantSalt;
@@ -13,25 +14,26 @@ use tokio::sync::{oneshot, watch};
 
 use crate::clock::Clock;
 use crate::config::{Config, Geometry};
-use crate::device::block::file::{OpenError, Opened, TierFile};
-use crate::device::block::{self, BlockDevice, PageFile};
-use crate::device::memory::{Arena, Extent};
+use crate::device::block::file::OpenError;
+use crate::device::block::probe;
+use crate::device::memory::Arena;
 use crate::device::shared::SharedFile;
 use crate::doctor::{Finding, Verdict};
-use crate::driver::{Driver, Input};
+use crate::driver::{Driver, Found, Input};
 use crate::keeper::{Handed, Keeper, KeptIngest, Sockets, records_of};
 use crate::names::{AttachmentId, TenantId};
-use crate::pipeline::{Core, CoreConfig, DiskConfig, RecoveredFile, TenantConfig};
+use crate::pipeline::{Core, CoreConfig, DiskConfig, TenantConfig};
 use crate::request::door::{Before, Door};
 use crate::request::identity::{Identities, TokenError};
 use crate::request::listen::{ListenError, Listeners, Operators};
 use crate::request::server::{BlocksServer, random};
 use crate::size::Size;
-use crate::tier::disk::format::Superblock;
-use crate::tier::disk::recover::{self, RecoverError};
+use crate::tier::disk::recover::RecoverError;
 use crate::tier::host::records::Records;
 use crate::verb::Verb;
 use crate::{doctor, limits, telemetry};
+
+pub use self::disks::tier_file_name;
 
 /// Why a daemon does not start. Each says what, why, and the cure.
 #[derive(Debug, thiserror::Error)]
@@ -91,11 +93,6 @@ pub enum StartError {
     System(io::Error),
 }
 
-/// Name of the tier file in the folder of that number.
-pub fn tier_file_name(index: u32) -> String {
-    format!("tender-{index}.tier")
-}
-
 /// Runs a worker until SIGTERM or SIGINT, or until the keeper behind `socket` wants another one; then writes back what is only in memory,
 /// for a while, and returns. Ends with the keeper.
 pub fn work(config: Config, socket: OwnedFd) -> Result<(), StartError> {
@@ -119,20 +116,19 @@ fn stop_on_broken_invariant() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
-        let own = ["tender-core", "tender-disk", "tender-prepare", "tender-promote", "tender-door", "tender-mapper"];
+        let own = [
+            "tender-core",
+            "tender-disk",
+            "tender-prepare",
+            "tender-promote",
+            "tender-door",
+            "tender-mapper",
+            "tender-join",
+        ];
         if std::thread::current().name().is_some_and(|name| own.contains(&name)) {
             std::process::abort();
         }
     }));
-}
-
-/// What the files are, once open.
-struct Disks {
-    devices: Vec<Box<dyn BlockDevice>>,
-    recovered: Vec<RecoveredFile>,
-    page_key: [u8; 32],
-    depth: usize,
-    findings: Vec<Finding>,
 }
 
 /// The system ends this process when the keeper dies: it could serve on, but nobody would hold what outlives it.
@@ -200,23 +196,28 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     let arena = Arc::new(arena.map_err(|source| StartError::Memory { size: Size(config.host.bytes()), source })?);
     let mut findings = doctor::doctor(&config);
     findings.retain(|finding| finding.what != "socket");
-    let disks = match config.disk {
-        None => None,
-        Some(geometry) => Some(open_disks(&config, geometry, &arena)?),
-    };
-    let core_config = core_config(&config, salts, disks.as_ref());
-    let mut core = Core::new(core_config);
-    let mut devices = Vec::new();
-    if let Some(disks) = disks {
-        for warning in core.recover(disks.recovered) {
-            tracing::warn!("{warning}");
-        }
-        findings.extend(disks.findings);
-        devices = disks.devices;
-    }
     let words = table.map().map_err(StartError::Keeper)?;
     let records = Records::open(Box::new(words), records_of(&config));
     let records = records.map_err(|error| StartError::Keeper(io::Error::other(error)))?;
+    // Where there is host memory to serve from, the disk joins late: a former worker's last requests may hold the lock for seconds. A
+    // first start has nothing to serve, and whoever made it is there to hear why it fails.
+    let (mut found, awaited) = match config.disk {
+        Some(geometry) if records.is_new() => {
+            let (found, of_disks) = disks::open(&config, geometry, &arena)?;
+            findings.extend(of_disks);
+            (found, None)
+        }
+        awaited => (Found { depth: probe::DEPTH_UNPROBED, ..Found::default() }, awaited),
+    };
+    let core_config = core_config(&config, salts, &found);
+    let mut core = Core::new(core_config);
+    if awaited.is_some() {
+        core.await_disk();
+    } else {
+        for warning in core.recover(std::mem::take(&mut found.recovered)) {
+            tracing::warn!("{warning}");
+        }
+    }
     for warning in core.recover_host(records) {
         tracing::warn!("{warning}");
     }
@@ -228,7 +229,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
         .into_iter()
         .filter(|local| members.iter().all(|member| member.attachment != *local))
         .collect();
-    let driver = Driver::new(core, config.tenants.len(), &arena, devices, clock);
+    let driver = Driver::new(core, config.tenants.len(), &arena, found.devices, clock);
     let (mut driver, handle) = driver.map_err(StartError::System)?;
     for memory in &ingest {
         driver.name_mapping(memory.segment, memory.mapping);
@@ -241,6 +242,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     let door = Door::open(door, memory, Arc::clone(&arena), driver.queue(), Arc::clone(&keeper), before);
     let door = door.map_err(StartError::System)?;
     driver.serve_door(door.queue());
+    let joiner = driver.joiner();
     let core_thread = std::thread::Builder::new().name("tender-core".to_owned()).spawn(move || driver.run());
     let core_thread = core_thread.map_err(StartError::System)?;
     if let Some(address) = config.metrics {
@@ -248,13 +250,14 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     }
     let epoch = random();
     let config = Arc::new(config);
-    greet(&config, &findings, recovered);
+    greet(&config, &findings, recovered, awaited.is_some());
+    let findings = Arc::new(Mutex::new(findings));
     let blocks = BlocksServer::new(handle.clone(), Arc::clone(&identities), epoch);
     let operators = Operators {
         core: handle.clone(),
         identities,
         config: Arc::clone(&config),
-        findings: Arc::new(findings),
+        findings: Arc::clone(&findings),
         epoch,
         keeper: Arc::clone(&keeper),
     };
@@ -263,6 +266,11 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     let asked_to_stop = asked_to_stop().map_err(StartError::System)?;
     let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
     keeper.serving().map_err(StartError::Keeper)?;
+    if let Some(geometry) = awaited {
+        let join = move || disks::join_late(&config, geometry, &arena, &joiner, &findings);
+        // It ends with the process: nothing waits for a lock that may never be had.
+        std::thread::Builder::new().name("tender-join".to_owned()).spawn(join).map_err(StartError::System)?;
+    }
     let (retire, retirement) = oneshot::channel();
     // Not a task of the runtime, which would wait for it at its end.
     let listening = std::thread::Builder::new().name("tender-keeper".to_owned()).spawn(move || {
@@ -310,7 +318,8 @@ fn salts(config: &Config) -> Result<Vec<TenantSalt>, StartError> {
     Ok(config.tenants.iter().map(|tenant| TenantSalt::of_tenant(&secret, &tenant.name)).collect())
 }
 
-fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -> CoreConfig {
+/// Of a disk that is awaited, depth and key are told when it is there.
+fn core_config(config: &Config, salts: Vec<TenantSalt>, found: &Found) -> CoreConfig {
     let tenants = config.tenants.iter().zip(salts).map(|(tenant, salt)| TenantConfig {
         name: tenant.name.clone(),
         salt,
@@ -318,12 +327,12 @@ fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -
         disk_quota_bytes: tenant.disk_quota.map(|size| size.0),
     });
     let file_count = config.dirs.len() as u32;
-    let disk = config.disk.zip(disks).map(|(geometry, disks)| DiskConfig {
+    let disk = config.disk.map(|geometry| DiskConfig {
         segment_bytes: geometry.segment_bytes,
         segment_count: geometry.segment_count * file_count,
         file_count,
-        depth: disks.depth,
-        page_key: disks.page_key,
+        depth: found.depth,
+        page_key: found.page_key,
     });
     CoreConfig {
         tenants: tenants.collect(),
@@ -337,178 +346,15 @@ fn core_config(config: &Config, salts: Vec<TenantSalt>, disks: Option<&Disks>) -
     }
 }
 
-fn open_disks(config: &Config, geometry: Geometry, arena: &Arc<Arena>) -> Result<Disks, StartError> {
-    let mut disks = Disks {
-        devices: Vec::new(),
-        recovered: Vec::new(),
-        page_key: [0; 32],
-        depth: usize::MAX,
-        findings: Vec::new(),
-    };
-    let mut files = Vec::new();
-    for (dir, index) in config.dirs.iter().zip(0u32..) {
-        files.push(open_file(config, geometry, dir, index)?);
-    }
-    // From all files, before any is written to: a file that lost its superblock joins the store of the others, whichever it is.
-    let (identity, page_key) = store_of(&files)?.unwrap_or_else(new_identity);
-    disks.page_key = page_key;
-    for DiskFile { path, mut file, fresh, superblock, is_new } in files {
-        let superblock = Superblock { identity, page_key, ..superblock };
-        let held = if is_new { make_new(&mut file, &superblock, fresh, &path) } else { read(&mut file, &superblock) };
-        let held = held.map_err(|source| StartError::Recover { path: path.clone(), source })?;
-        disks.recovered.push(held);
-        let (device, depth) = open_device(&file, arena, fresh, &mut disks.findings, &path)?;
-        disks.depth = disks.depth.min(depth);
-        disks.devices.push(device);
-    }
-    Ok(disks)
-}
-
-/// A tier file that is open and has the right size and geometry.
-struct DiskFile {
-    path: PathBuf,
-    file: TierFile,
-    /// It was made just now.
-    fresh: bool,
-    /// As found; of a new file all but identity and key.
-    superblock: Superblock,
-    /// It has no superblock yet.
-    is_new: bool,
-}
-
-fn open_file(config: &Config, geometry: Geometry, dir: &Path, index: u32) -> Result<DiskFile, StartError> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(|source| StartError::Folder { path: dir.to_owned(), source })?;
-    let path = dir.join(tier_file_name(index));
-    let Opened { file, fresh } = TierFile::open(&path, geometry.file_bytes(), limits::LOCK_WAIT)?;
-    let wanted = Superblock {
-        file_index: index,
-        file_count: config.dirs.len() as u32,
-        segment_count: geometry.segment_count,
-        segment_bytes: geometry.segment_bytes,
-        identity: [0; 16],
-        page_key: [0; 32],
-    };
-    match recover::superblock(&file).and_then(|found| found.map(|found| check_geometry(found, &wanted)).transpose()) {
-        Ok(Some(superblock)) => Ok(DiskFile { path, file, fresh, superblock, is_new: false }),
-        Ok(None) => Ok(DiskFile { path, file, fresh, superblock: wanted, is_new: true }),
-        Err(source) => Err(StartError::Recover { path, source }),
-    }
-}
-
-/// A superblock that says of its file what the configuration says.
-fn check_geometry(found: Superblock, wanted: &Superblock) -> Result<Superblock, RecoverError> {
-    let wanted = Superblock { identity: found.identity, page_key: found.page_key, ..wanted.clone() };
-    if found == wanted {
-        return Ok(found);
-    }
-    let geometry = |superblock: &Superblock| {
-        format!(
-            "file {} of {} with {} segments of {}",
-            superblock.file_index,
-            superblock.file_count,
-            superblock.segment_count,
-            Size(superblock.segment_bytes)
-        )
-    };
-    Err(RecoverError::Geometry { found: geometry(&found), wanted: geometry(&wanted) })
-}
-
-/// Identity and page key of a store.
-type StoreIdentity = ([u8; 16], [u8; 32]);
-
-/// What the files that have a superblock agree on; `None` where none has one.
-fn store_of(files: &[DiskFile]) -> Result<Option<StoreIdentity>, StartError> {
-    let of = |file: &DiskFile| (file.superblock.identity, file.superblock.page_key);
-    let mut known = files.iter().filter(|file| !file.is_new);
-    let Some(first) = known.next() else { return Ok(None) };
-    match known.find(|file| of(file) != of(first)) {
-        Some(stranger) => Err(StartError::Recover {
-            path: stranger.path.clone(),
-            source: RecoverError::OtherStore { other: first.path.clone() },
-        }),
-        None => Ok(Some(of(first))),
-    }
-}
-
-/// Makes a file part of the store.
-fn make_new(
-    file: &mut TierFile,
-    superblock: &Superblock,
-    fresh: bool,
-    path: &Path,
-) -> Result<RecoveredFile, RecoverError> {
-    if !fresh {
-        tracing::warn!(
-            "tier file {} has its full size but no superblock: it begins empty, and the blocks that it may have held are gone. \
-             Unless its first start was cut off, something wrote over its beginning: look for errors of the disk in the kernel's \
-             log, and at who else may write there",
-            path.display()
-        );
-    }
-    recover::initialize(file, superblock, !fresh)?;
-    Ok(RecoveredFile::default())
-}
-
-/// Reads what a file held.
-fn read(file: &mut TierFile, superblock: &Superblock) -> Result<RecoveredFile, RecoverError> {
-    // A killed daemon's last pages may be in the disk's cache only; what is read below is taken for flushed, so it must be.
-    file.flush()?;
-    let mut recovered = RecoveredFile::default();
-    let segments = &mut recovered.segments;
-    recovered.counter = recover::directories(file, superblock, |segment| segments.push(segment))?;
-    Ok(recovered)
-}
-
-fn new_identity() -> StoreIdentity {
-    let words: [u64; 6] = std::array::from_fn(|_| random());
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    let (mut identity, mut page_key) = ([0; 16], [0; 32]);
-    identity.copy_from_slice(&bytes[..16]);
-    page_key.copy_from_slice(&bytes[16..]);
-    (identity, page_key)
-}
-
-/// Opens the device and finds the depth that it wants. A new file has nothing to read: the disk is not even asked.
-fn open_device(
-    file: &TierFile,
-    arena: &Arc<Arena>,
-    fresh: bool,
-    findings: &mut Vec<Finding>,
-    path: &Path,
-) -> Result<(Box<dyn BlockDevice>, usize), StartError> {
-    /// Most requests in flight on one file.
-    const DEPTH_MAX: usize = 64;
-    /// Reads of the probe: the middle of what blocks are.
-    const PROBE_BYTES: u32 = 256 << 10;
-    let (mut device, refused) = block::open_device(file, Arc::clone(arena), DEPTH_MAX).map_err(StartError::System)?;
-    let mut depth = block::probe::DEPTH_UNPROBED;
-    let mut measured = String::new();
-    let scratch_bytes = (DEPTH_MAX as u64 * u64::from(PROBE_BYTES)).min(arena.segment_bytes());
-    if !fresh {
-        // Nothing is in the arena yet, so its first segment can be read into.
-        let scratch = Extent { segment: 0, offset: 0, bytes: scratch_bytes as u32 };
-        let bytes = file.bytes();
-        let probe = block::probe::probe_depth(device.as_mut(), bytes, scratch, PROBE_BYTES, random());
-        depth = probe.depth;
-        measured = format!(", reads {:.1} GB/s", probe.read_bytes_per_s as f64 / 1e9);
-    }
-    let depth = depth.clamp(1, device.depth());
-    let what = format!("tier file {}", path.display());
-    let found = format!("{}, depth {depth}{measured}", device.describe());
-    let (verdict, cure) = match (refused, file.is_direct()) {
-        (Some(refused), _) => (Verdict::Fallback, format!("io_uring: {refused}")),
-        (None, false) => (Verdict::Fallback, "O_DIRECT is refused here: put --dir on ext4 or xfs".to_owned()),
-        (None, true) => (Verdict::Good, String::new()),
-    };
-    findings.push(Finding { what, found, verdict, cure });
-    Ok((device, depth))
-}
-
-fn greet(config: &Config, findings: &[Finding], recovered: u64) {
+/// Says what is not as it could be.
+fn warn_of(findings: &[Finding]) {
     for finding in findings.iter().filter(|finding| finding.verdict != Verdict::Good) {
         tracing::warn!("{}: {}. {}", finding.what, finding.found, finding.cure);
     }
+}
+
+fn greet(config: &Config, findings: &[Finding], recovered: u64, is_warm: bool) {
+    warn_of(findings);
     let disk = match config.disk {
         None => "no disk".to_owned(),
         Some(disk) => {
@@ -519,7 +365,8 @@ fn greet(config: &Config, findings: &[Finding], recovered: u64) {
     let socket = config.socket.display();
     eprintln!("tender {}: {} of host memory, {disk}", env!("CARGO_PKG_VERSION"), Size(config.host.bytes()));
     if recovered > 0 {
-        eprintln!("  recovered   {recovered} blocks from disk");
+        let place = if is_warm { "in host memory; the disk joins later" } else { "from disk" };
+        eprintln!("  recovered   {recovered} blocks {place}");
     }
     eprintln!("  socket      {socket}");
     if let Some(address) = config.listen {

@@ -148,3 +148,8 @@ pub enum Health {
     /// It is left alone until then, in milliseconds of the core's clock.
     Disabled(u64),
 }
+
+impl Health {
+    /// Its files are not there yet: nothing is asked of it.
+    pub const AWAITED: Self = Self::Disabled(u64::MAX);
+}

@@ -110,7 +110,7 @@ impl Arena {
 
     /// Segments that are to lie in the tenants' files, each in that of the tenant for whom it is prepared, with what the file holds there;
     /// and `ingest_count` empty places behind them. Takes no memory and no time until segments are prepared. Before it is prepared a
-    /// segment is anonymous memory, to try out devices with: nothing of that gets into a file.
+    /// segment is anonymous memory: nothing of that gets into a file.
     ///
     /// `InvalidInput` if a file is too small, or there is none.
     pub fn on(

@@ -16,7 +16,7 @@ mod locals;
 mod ring;
 mod waiting;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -25,10 +25,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use crate::clock::Clock;
+use crate::device::block::BlockDevice;
 use crate::device::memory::Arena;
 use crate::limits;
 use crate::names::{AttachmentId, By, Hold, RequestId, TenantId};
-use crate::pipeline::{Action, Core, Event};
+use crate::pipeline::{Action, Core, Event, RecoveredFile};
 use crate::telemetry;
 use crate::transfer::disk::Command;
 use crate::transfer::promote::{self, Promotion};
@@ -146,6 +147,8 @@ pub enum Input {
     Done(TransferId, Outcome),
     /// A segment is prepared.
     Ready(u32),
+    /// The tier files that the core awaits are there.
+    DiskJoined(Box<Joined>),
     /// An ingest segment is there, under that name, or could not be made.
     IngestMade(u32, Option<u32>),
     /// A process comes to the local door, through the connection of that number; it may have been another attachment before.
@@ -186,6 +189,8 @@ pub struct Driver {
     taken: Vec<Taken>,
     responders: HashMap<RequestId, Responder>,
     disks: Vec<DiskThread>,
+    /// Segments that no disk knows of yet, because none is there.
+    unregistered: BTreeSet<u32>,
     arena: Arc<Arena>,
     prepare: SyncSender<(u32, TenantId, bool)>,
     promote: SyncSender<Promotion>,
@@ -198,6 +203,34 @@ pub struct DiskThread {
     commands: SyncSender<Command>,
     wake: Arc<dyn Fn() + Send + Sync>,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+/// Tier files, opened and read.
+#[derive(Default)]
+pub struct Found {
+    /// One per file.
+    pub devices: Vec<Box<dyn BlockDevice>>,
+    /// What each held.
+    pub recovered: Vec<RecoveredFile>,
+    /// Key of the directory pages.
+    pub page_key: [u8; 32],
+    /// Requests that each file takes at once.
+    pub depth: usize,
+}
+
+/// Tier files whose threads run.
+#[derive(Debug)]
+pub struct Joined {
+    threads: Vec<DiskThread>,
+    recovered: Vec<RecoveredFile>,
+    page_key: [u8; 32],
+    depth: usize,
+}
+
+/// Brings tier files to a core that awaits them.
+pub struct Joiner {
+    arena: Arc<Arena>,
+    sender: Queue<Input>,
 }
 
 /// Completions and grants given back that may be queued beside the requests: every transfer of 16 files, and every request once.
@@ -224,15 +257,14 @@ impl Driver {
         core: Core,
         tenant_count: usize,
         arena: &Arc<Arena>,
-        devices: Vec<Box<dyn crate::device::block::BlockDevice>>,
+        devices: Vec<Box<dyn BlockDevice>>,
         clock: Clock,
     ) -> std::io::Result<(Self, CoreHandle)> {
         let (sender, inputs) = sync_channel(QUEUE);
         let sleeper = Sleeper::new()?;
         let sender = Queue::new(sender, &sleeper);
         let (residency, watchers): (Vec<_>, Vec<_>) = (0..tenant_count).map(|_| watch::channel(0)).unzip();
-        let disks: Vec<DiskThread> =
-            devices.into_iter().map(|device| disk_thread(device, arena, &sender)).collect::<Result<_, _>>()?;
+        let disks = disk_threads(devices, arena, &sender)?;
         let prepare = prepare_thread(arena, &sender)?;
         let promote = promote_thread(arena, &sender)?;
         let handle = CoreHandle {
@@ -261,6 +293,7 @@ impl Driver {
                 taken: Vec::new(),
                 responders,
                 disks,
+                unregistered: BTreeSet::new(),
                 arena: Arc::clone(arena),
                 prepare,
                 promote,
@@ -281,6 +314,11 @@ impl Driver {
         self.locals.name_mapping(segment, mapping);
     }
 
+    /// How a disk that the core awaits gets to it.
+    pub fn joiner(&self) -> Joiner {
+        Joiner { arena: Arc::clone(&self.arena), sender: self.sender.clone() }
+    }
+
     /// The local door, which this core serves from now on.
     pub fn serve_door(&mut self, door: Queue<DoorCommand>) {
         self.door = Some(door);
@@ -288,13 +326,11 @@ impl Driver {
 
     /// Runs the core until [`CoreHandle::stop`]. Returns when all devices have come to rest.
     pub fn run(mut self) {
-        // The tier files were opened before: what a former worker had asked of them is done.
-        let mut events = vec![Event::DiskLocked, Event::Tick];
-        for (segment, _) in self.core.segments_in_use() {
-            self.disks
-                .iter()
-                .filter(|_| !self.arena.is_ingest(segment))
-                .for_each(|disk| disk.tell(Command::SegmentReady(segment)));
+        let mut events = vec![Event::Tick];
+        if !self.core.awaits_disk() {
+            // The tier files were opened before: what a former worker had asked of them is done.
+            events.insert(0, Event::DiskLocked);
+            self.register_segments();
         }
         let mut actions = Vec::new();
         let mut ticked = Instant::now();
@@ -324,6 +360,16 @@ impl Driver {
         self.locals.close_all(&self.sleeper);
         for disk in self.disks.drain(..) {
             disk.stop();
+        }
+    }
+
+    /// Tells the disks of all segments that are prepared.
+    fn register_segments(&mut self) {
+        let in_use = self.core.segments_in_use().into_iter().map(|(segment, _)| segment);
+        let mut segments = std::mem::take(&mut self.unregistered);
+        segments.extend(in_use.filter(|segment| !self.arena.is_ingest(*segment)));
+        for segment in segments {
+            self.disks.iter().for_each(|disk| disk.tell(Command::SegmentReady(segment)));
         }
     }
 
@@ -415,7 +461,17 @@ impl Driver {
             }
             Input::Undo(verb) => self.undo(verb),
             Input::Done(id, outcome) => Event::TransferDone(id, outcome),
+            Input::DiskJoined(joined) => {
+                let Joined { threads, recovered, page_key, depth } = *joined;
+                self.core.found_disk(page_key, depth);
+                self.disks = threads;
+                self.register_segments();
+                Event::DiskJoined(recovered)
+            }
             Input::Ready(segment) => {
+                if self.disks.is_empty() {
+                    self.unregistered.insert(segment);
+                }
                 for disk in &self.disks {
                     disk.tell(Command::SegmentReady(segment));
                 }
@@ -557,6 +613,23 @@ impl Driver {
     }
 }
 
+impl Joiner {
+    /// Starts the files' threads and has the core take them over; not to be called again once it has done so.
+    pub fn join(&self, found: Found) -> std::io::Result<()> {
+        let Found { devices, recovered, page_key, depth } = found;
+        let threads = disk_threads(devices, &self.arena, &self.sender)?;
+        // The core is gone only when the daemon ends.
+        let _ = self.sender.send(Input::DiskJoined(Box::new(Joined { threads, recovered, page_key, depth })));
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for DiskThread {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("DiskThread").finish_non_exhaustive()
+    }
+}
+
 impl DiskThread {
     fn tell(&self, command: Command) {
         // The queue holds everything that the lanes and the directory may have in flight; only a dead thread refuses.
@@ -576,11 +649,15 @@ impl DiskThread {
     }
 }
 
-fn disk_thread(
-    device: Box<dyn crate::device::block::BlockDevice>,
+fn disk_threads(
+    devices: Vec<Box<dyn BlockDevice>>,
     arena: &Arc<Arena>,
     sender: &Queue<Input>,
-) -> std::io::Result<DiskThread> {
+) -> std::io::Result<Vec<DiskThread>> {
+    devices.into_iter().map(|device| disk_thread(device, arena, sender)).collect()
+}
+
+fn disk_thread(device: Box<dyn BlockDevice>, arena: &Arc<Arena>, sender: &Queue<Input>) -> std::io::Result<DiskThread> {
     let queue = device.depth() + limits::DIRECTORY_WRITES_MAX + 8 + arena.segment_count() as usize;
     let (commands, receiver) = sync_channel(queue);
     let wake = device.waker();

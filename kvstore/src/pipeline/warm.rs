@@ -19,9 +19,10 @@ use tender_proto::BlockKey;
 use super::Core;
 use crate::admission::grants::{Grant, Right};
 use crate::names::{AttachmentId, By, Door, GroupId, Hold, Holder, NamespaceId, NodeId, Place, SlotId, TenantId};
-use crate::tier::disk::format;
+use crate::tier::disk::{DiskTier, format};
 use crate::tier::host::records::{AttachmentRecord, GrantRecord, Records, SegmentRecord, SlotRecord, SlotUse};
 use crate::tier::slab::{Owner, Slot, SlotState};
+use crate::transfer::lanes::Lanes;
 use crate::verb::{Held, Reply};
 
 /// What is held from before a restart.
@@ -69,6 +70,21 @@ impl Core {
         if let Some(disk) = &mut self.disk {
             disk.awaited();
         }
+    }
+
+    /// Whether it is still awaited.
+    pub fn awaits_disk(&self) -> bool {
+        self.disk.as_ref().is_some_and(DiskTier::is_awaited)
+    }
+
+    /// What is known of the disk that is awaited once it is there: before [`super::Event::DiskJoined`].
+    ///
+    /// # Panics
+    /// When it is not awaited.
+    pub fn found_disk(&mut self, page_key: [u8; 32], depth: usize) {
+        assert!(self.awaits_disk(), "what is known of a disk changes only while nothing is asked of it");
+        self.disk_mut().page_key = page_key;
+        self.lanes.fill_with(|| Lanes::new(depth));
     }
 
     /// Segments of host memory in use, and for which tenant: after [`Core::recover_host`] those that must be there as they were.

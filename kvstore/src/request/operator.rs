@@ -1,6 +1,6 @@
 //! What an operator asks: status, configuration, another worker.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tender_proto::wire;
 use tonic::{Request, Response, Status};
@@ -25,8 +25,8 @@ pub struct OperatorServer {
     pub identities: Arc<Identities>,
     /// The daemon's configuration.
     pub config: Arc<Config>,
-    /// What was found at start.
-    pub findings: Arc<Vec<Finding>>,
+    /// What was found at start, and of the disk when it joined.
+    pub findings: Arc<Mutex<Vec<Finding>>>,
     /// Of this start.
     pub epoch: u64,
     /// Who starts the next worker.
@@ -67,9 +67,15 @@ fn tiers(status: &CoreStatus) -> Vec<wire::TierStatus> {
             ..Default::default()
         }),
         Some((disk, health)) => {
-            let (state, note) = match health {
+            let (state, note) = match *health {
                 Health::Good => ("ready", String::new()),
                 Health::Degraded(failures) => ("degraded", format!("{failures} requests failed in a row; see the log")),
+                Health::AWAITED => (
+                    "awaited",
+                    "its files are not there yet: host memory is served without them, and nothing is written back; if this lasts for \
+                     more than seconds, the log says why"
+                        .to_owned(),
+                ),
                 Health::Disabled(_) => (
                     "disabled",
                     "it failed again and again and is tried now and then; see the log, replace the disk".to_owned(),
@@ -123,7 +129,8 @@ impl wire::operator_server::Operator for OperatorServer {
         // Sums over all tenants would tell one what the others do.
         if rights == Rights::Operator {
             reply.tiers = tiers(&core);
-            reply.findings = self.findings.iter().map(finding).collect();
+            let findings = self.findings.lock().unwrap_or_else(PoisonError::into_inner);
+            reply.findings = findings.iter().map(finding).collect();
             reply.attachments = core.attachments as u32;
             let counter = |(name, _, value): (&str, &str, u64)| wire::Counter { name: name.to_owned(), value };
             reply.counters = core.counters.all().into_iter().map(counter).collect();

@@ -158,7 +158,7 @@ impl DiskTier {
 
     /// Its files are not there yet: until [`DiskTier::joined`] it is not asked.
     pub fn awaited(&mut self) {
-        self.health = Health::Disabled(u64::MAX);
+        self.health = Health::AWAITED;
     }
 
     /// Its files are there.
@@ -168,7 +168,7 @@ impl DiskTier {
 
     /// Whether its files are not there yet.
     pub fn is_awaited(&self) -> bool {
-        self.health == Health::Disabled(u64::MAX)
+        self.health == Health::AWAITED
     }
 
     /// Whether the disk may be asked now.
