@@ -467,7 +467,8 @@ fn huge_pages_allowed() -> bool {
     std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|text| !text.contains("[never]"))
 }
 
-/// Pages of ordinary memory, aligned for O_DIRECT, for the synchronous reads and writes of start-up.
+/// Pages of ordinary memory, aligned for O_DIRECT: for the synchronous reads and writes of start-up, and for what is read from a disk
+/// and checked before anybody else may see it.
 #[derive(Debug)]
 pub struct PageBuffer(MmapMut);
 

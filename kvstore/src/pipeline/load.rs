@@ -104,7 +104,8 @@ impl Core {
         let into = self.host.extent(host_slot);
         // Bytes written under a layout of another size can only fail their sum; they must not overrun the slot on the way there.
         let expected = Expected { payload_bytes: expected.payload_bytes.min(into.bytes), ..expected };
-        Transfer::Load { offset: self.disk().slot_place(disk_slot).offset, into, expected }
+        let is_private = !self.disk().is_sure(disk_slot);
+        Transfer::Load { offset: self.disk().slot_place(disk_slot).offset, into, expected, is_private }
     }
 
     pub(super) fn load_done(

@@ -23,6 +23,8 @@ pub enum Transfer {
         into: Extent,
         /// What it must be.
         expected: Expected,
+        /// Whether what the slot holds may be another's: it is read where no client sees it, and comes to the arena if it is right.
+        is_private: bool,
     },
     /// Arena to disk.
     WriteBack {

@@ -41,6 +41,13 @@ pub enum Operation {
         /// Where to: exclusively the submitter's until completion.
         into: Extent,
     },
+    /// Fills memory that the request owns, and that nobody else sees, from the file.
+    ReadPrivate {
+        /// Where in the file.
+        offset: u64,
+        /// Where to; comes back with the completion.
+        into: PageBuffer,
+    },
     /// Writes the extent (whole pages) to the file.
     Write {
         /// Where in the file.
@@ -66,6 +73,8 @@ pub struct IoDone {
     pub id: u64,
     /// Whether it was done whole.
     pub result: Result<(), IoFault>,
+    /// The memory of an [`Operation::ReadPrivate`]; of a request that was not done whole it holds anything.
+    pub private: Option<PageBuffer>,
 }
 
 /// Why a request failed.
@@ -147,6 +156,7 @@ impl Operation {
             Self::Read { offset, into: extent } | Self::Write { offset, from: extent } => {
                 (*offset, u64::from(extent.bytes), extent.offset)
             }
+            Self::ReadPrivate { offset, into } => (*offset, into.len() as u64, 0),
             Self::WritePage { offset, .. } => (*offset, PAGE_BYTES, 0),
             Self::Flush => return None,
         };
@@ -167,6 +177,17 @@ impl Operation {
             arena.pointer(*extent);
         }
         self.span().is_none_or(|(offset, bytes)| offset.checked_add(bytes).is_some_and(|end| end <= file_bytes))
+    }
+}
+
+impl IoRequest {
+    /// It has ended.
+    fn done(self, result: Result<(), IoFault>) -> IoDone {
+        let private = match self.operation {
+            Operation::ReadPrivate { into, .. } => Some(into),
+            _ => None,
+        };
+        IoDone { id: self.id, result, private }
     }
 }
 

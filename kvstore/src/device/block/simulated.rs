@@ -161,7 +161,7 @@ impl SimulatedDisk {
                 Some((*offset, data))
             }
             Operation::WritePage { offset, page } => Some((*offset, page.0.to_vec())),
-            Operation::Read { .. } | Operation::Flush => None,
+            Operation::Read { .. } | Operation::ReadPrivate { .. } | Operation::Flush => None,
         }
     }
 
@@ -173,26 +173,20 @@ impl SimulatedDisk {
         }
     }
 
-    fn complete(&mut self, flight: &InFlight) -> Result<(), IoFault> {
+    fn complete(&mut self, flight: &mut InFlight) -> Result<(), IoFault> {
         if !flight.request.operation.fits(self.sectors.bytes(), &self.arena) {
             return Err(IoFault::Short);
         }
-        match &flight.request.operation {
+        match &mut flight.request.operation {
             Operation::Read { offset, into } => {
-                if self.happens(self.faults.read_error_per_mille) {
-                    return Err(IoFault::Os(Errno::IO.raw_os_error()));
-                }
-                let mut data = self.sectors.read(*offset, into.bytes as usize).to_vec();
-                if self.happens(self.faults.short_per_mille) {
-                    let end = self.some_pages(data.len());
-                    self.arena.write(*into, 0, &data[..end]);
-                    return Err(IoFault::Short);
-                }
-                if self.happens(self.faults.bit_flip_per_mille) && !data.is_empty() {
-                    let bit = self.random.below(data.len() as u64 * 8);
-                    data[(bit / 8) as usize] ^= 1 << (bit % 8);
-                }
+                let (data, result) = self.complete_read(*offset, into.bytes as usize);
                 self.arena.write(*into, 0, &data);
+                return result;
+            }
+            Operation::ReadPrivate { offset, into } => {
+                let (data, result) = self.complete_read(*offset, into.len());
+                into[..data.len()].copy_from_slice(&data);
+                return result;
             }
             Operation::Flush => {
                 if self.happens(self.faults.flush_error_per_mille) {
@@ -207,6 +201,23 @@ impl SimulatedDisk {
             }
         }
         Ok(())
+    }
+
+    /// What a read delivers, and how it ends.
+    fn complete_read(&mut self, offset: u64, bytes: usize) -> (Vec<u8>, Result<(), IoFault>) {
+        if self.happens(self.faults.read_error_per_mille) {
+            return (Vec::new(), Err(IoFault::Os(Errno::IO.raw_os_error())));
+        }
+        let mut data = self.sectors.read(offset, bytes).to_vec();
+        if self.happens(self.faults.short_per_mille) {
+            data.truncate(self.some_pages(bytes));
+            return (data, Err(IoFault::Short));
+        }
+        if self.happens(self.faults.bit_flip_per_mille) && !data.is_empty() {
+            let bit = self.random.below(data.len() as u64 * 8);
+            data[(bit / 8) as usize] ^= 1 << (bit % 8);
+        }
+        (data, Ok(()))
     }
 
     fn complete_write(&mut self, offset: u64, data: &[u8]) -> Result<(), IoFault> {
@@ -262,9 +273,9 @@ impl BlockDevice for SimulatedDisk {
             if entry.key().0 > self.now_us {
                 return;
             }
-            let flight = entry.remove();
-            let result = self.complete(&flight);
-            done.push(IoDone { id: flight.request.id, result });
+            let mut flight = entry.remove();
+            let result = self.complete(&mut flight);
+            done.push(flight.request.done(result));
         }
     }
 

@@ -87,8 +87,8 @@ impl BlockDevice for Synchronous {
         assert!(self.in_flight < self.depth(), "more than {} requests in flight", self.depth());
         self.in_flight += 1;
         if !request.operation.fits(self.file_bytes, &self.arena) {
-            let refused = IoDone { id: request.id, result: Err(IoFault::Short) };
-            return self.wake.send(Event::Done(refused)).expect("the receiver is in this very struct");
+            let refused = Event::Done(request.done(Err(IoFault::Short)));
+            return self.wake.send(refused).expect("the receiver is in this very struct");
         }
         let requests = self.requests.as_ref().expect("taken by drop alone");
         requests.send(request).expect("threads end only when this sender is dropped");
@@ -142,27 +142,30 @@ impl Worker {
     fn run(&self, queue: &Mutex<mpsc::Receiver<IoRequest>>, done: &mpsc::Sender<Event>) {
         loop {
             let received = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-            let Ok(IoRequest { id, operation }) = received else { return };
-            let result = self.perform(&operation);
-            if done.send(Event::Done(IoDone { id, result })).is_err() {
+            let Ok(mut request) = received else { return };
+            let result = self.perform(&mut request.operation);
+            if done.send(Event::Done(request.done(result))).is_err() {
                 return;
             }
         }
     }
 
-    fn perform(&self, operation: &Operation) -> Result<(), IoFault> {
+    fn perform(&self, operation: &mut Operation) -> Result<(), IoFault> {
         match operation {
             Operation::Read { offset, into } => {
                 // SAFETY: the submitter holds the extent exclusively until completion, which is sent after this borrow has ended.
                 let bytes = unsafe { slice::from_raw_parts_mut(self.arena.pointer(*into), into.bytes as usize) };
-                transfer(bytes.len(), |skip| self.file.read_at(&mut bytes[skip..], offset + skip as u64))
+                transfer(bytes.len(), |skip| self.file.read_at(&mut bytes[skip..], *offset + skip as u64))
+            }
+            Operation::ReadPrivate { offset, into } => {
+                transfer(into.len(), |skip| self.file.read_at(&mut into[skip..], *offset + skip as u64))
             }
             Operation::Write { offset, from } => {
                 let bytes = self.written_from(*from);
-                transfer(bytes.len(), |skip| self.file.write_at(&bytes[skip..], offset + skip as u64))
+                transfer(bytes.len(), |skip| self.file.write_at(&bytes[skip..], *offset + skip as u64))
             }
             Operation::WritePage { offset, page } => {
-                transfer(page.0.len(), |skip| self.file.write_at(&page.0[skip..], offset + skip as u64))
+                transfer(page.0.len(), |skip| self.file.write_at(&page.0[skip..], *offset + skip as u64))
             }
             Operation::Flush => transfer(0, |_| self.file.sync_data().map(|()| 0)),
         }

@@ -52,12 +52,21 @@ fn payload(place: u64, generation: u64) -> Vec<u8> {
     (0..words).flat_map(word).collect()
 }
 
-/// Runs operations, as many at a time as the device takes. Their completions by their position, each exactly once.
+/// Runs operations, as many at a time as the device takes. Their results by their position.
 fn perform<D: BlockDevice + ?Sized>(
     device: &mut D,
     tick: &mut dyn FnMut(&mut D),
     operations: Vec<Operation>,
 ) -> Vec<Result<(), IoFault>> {
+    complete(device, tick, operations).into_iter().map(|completion| completion.result).collect()
+}
+
+/// The same, with whole completions, of which each comes exactly once.
+fn complete<D: BlockDevice + ?Sized>(
+    device: &mut D,
+    tick: &mut dyn FnMut(&mut D),
+    operations: Vec<Operation>,
+) -> Vec<IoDone> {
     let (count, deadline) = (operations.len(), Instant::now() + PATIENCE);
     let mut results = BTreeMap::new();
     let mut operations = (0u64..).zip(operations);
@@ -72,7 +81,8 @@ fn perform<D: BlockDevice + ?Sized>(
         device.wait(Duration::from_millis(100), &mut done);
         for completion in done.drain(..) {
             in_flight -= 1;
-            assert!(results.insert(completion.id, completion.result).is_none(), "{} completed twice", completion.id);
+            let id = completion.id;
+            assert!(results.insert(id, completion).is_none(), "{id} completed twice");
         }
     }
     results.into_values().collect()
@@ -86,6 +96,13 @@ fn write(arena: &Arena, segment: u32, place: u64, generation: u64) -> Operation 
 fn read(arena: &Arena, segment: u32, place: u64) -> Operation {
     arena.write(extent(segment, place), 0, &vec![0xee; extent(segment, place).bytes as usize]);
     Operation::Read { offset: place * PLACE_BYTES, into: extent(segment, place) }
+}
+
+/// Memory that holds something else before.
+fn read_private(place: u64) -> Operation {
+    let mut into = PageBuffer::zeroed(extent(0, place).bytes as usize / PAGE_BYTES as usize).expect("memory");
+    into.fill(0xee);
+    Operation::ReadPrivate { offset: place * PLACE_BYTES, into }
 }
 
 fn assert_payload(arena: &Arena, segment: u32, place: u64, generation: u64) {
@@ -108,6 +125,26 @@ fn conformance<D: BlockDevice + ?Sized>(device: &mut D, arena: &Arena, mut tick:
     sound(perform(device, &mut tick, vec![Operation::Flush]));
     sound(perform(device, &mut tick, places().map(|place| read(arena, 1 - place as u32 % 2, place)).collect()));
     places().for_each(|place| assert_payload(arena, 1 - place as u32 % 2, place, 1));
+
+    // Into memory of the request's own, which comes back with it, and the arena is left alone.
+    let operations = places().map(|place| match place % 3 {
+        0 => read(arena, 0, place),
+        _ => read_private(place),
+    });
+    arena.zero(0);
+    let done = complete(device, &mut tick, operations.collect());
+    for (place, done) in places().zip(done) {
+        assert!(done.result.is_ok(), "{done:?}");
+        match done.private {
+            None => assert_eq!(place % 3, 0, "a private read keeps its memory"),
+            Some(found) => {
+                assert!(found[..] == payload(place, 1), "place {place} was read as something else");
+                let mut memory = vec![0; found.len()];
+                arena.read(extent(0, place), 0, &mut memory);
+                assert!(memory.iter().all(|&byte| byte == 0), "a private read of place {place} came to the arena");
+            }
+        }
+    }
 
     // Reads, writes, pages and flushes in flight together.
     let mixed = places().map(|place| match place % 4 {
@@ -138,6 +175,8 @@ fn conformance<D: BlockDevice + ?Sized>(device: &mut D, arena: &Arena, mut tick:
     let grow = Operation::Write { offset: FILE_BYTES, from: extent(0, 1) };
     let faults = vec![outside(FILE_BYTES), outside(FILE_BYTES - PAGE_BYTES), outside(u64::MAX - PAGE_BYTES + 1), grow];
     assert_eq!(perform(device, &mut tick, faults), vec![Err(IoFault::Short); 4]);
+    let refused = complete(device, &mut tick, vec![read_private(PLACES)]).remove(0);
+    assert!(refused.result == Err(IoFault::Short) && refused.private.is_some(), "{refused:?}");
 
     // Wake-ups: while waiting, before waiting, and from a waker that outlives its use.
     let waker = device.waker();

@@ -1,8 +1,8 @@
 //! The usual device: one io_uring over one registered file, with the arena's segments as fixed buffers.
 //!
 //! Requests are kept in the submission queue until [`BlockDevice::wait`], which hands them over and waits in one system call. The
-//! kernel holds addresses into the arena and into boxed pages from then until it completes a request: each request therefore keeps its
-//! page in its slot, and the device keeps the arena, until then. Dropping the device waits for what is in flight, and if that takes too
+//! kernel holds addresses into the arena, into boxed pages and into buffers from then until it completes a request: each request
+//! therefore keeps its page or buffer in its slot, and the device keeps the arena, until then. Dropping the device waits for what is in flight, and if that takes too
 //! long leaks memory rather than free what the kernel still writes to.
 //!
 //! A poll of an eventfd is kept armed on the ring as waker. Refused: `SINGLE_ISSUER` with `DEFER_TASKRUN`, which binds a ring to the
@@ -122,27 +122,31 @@ impl Uring {
 
     /// Puts what is left of a slot's request into the submission queue.
     fn push(&mut self, index: usize) {
-        let slot = self.slots[index].as_ref().expect("only occupied slots are pushed");
+        let slot = self.slots[index].as_mut().expect("only occupied slots are pushed");
         let (skip, bytes) = slot.transfer.rest();
         let bytes = u32::try_from(bytes).expect("an extent's length is a u32");
-        let entry = match &slot.request.operation {
+        let entry = match &mut slot.request.operation {
             Operation::Read { offset, into } => {
                 let start = self.arena.pointer(*into).wrapping_add(skip as usize);
                 match self.fixed.buffer(*into) {
-                    Some(buffer) => opcode::ReadFixed::new(FILE, start, bytes, buffer).offset(offset + skip).build(),
-                    None => opcode::Read::new(FILE, start, bytes).offset(offset + skip).build(),
+                    Some(buffer) => opcode::ReadFixed::new(FILE, start, bytes, buffer).offset(*offset + skip).build(),
+                    None => opcode::Read::new(FILE, start, bytes).offset(*offset + skip).build(),
                 }
+            }
+            Operation::ReadPrivate { offset, into } => {
+                let start = into.as_mut_ptr().wrapping_add(skip as usize);
+                opcode::Read::new(FILE, start, bytes).offset(*offset + skip).build()
             }
             Operation::Write { offset, from } => {
                 let start = self.arena.pointer(*from).wrapping_add(skip as usize);
                 match self.fixed.buffer(*from) {
-                    Some(buffer) => opcode::WriteFixed::new(FILE, start, bytes, buffer).offset(offset + skip).build(),
-                    None => opcode::Write::new(FILE, start, bytes).offset(offset + skip).build(),
+                    Some(buffer) => opcode::WriteFixed::new(FILE, start, bytes, buffer).offset(*offset + skip).build(),
+                    None => opcode::Write::new(FILE, start, bytes).offset(*offset + skip).build(),
                 }
             }
             Operation::WritePage { offset, page } => {
                 let start = page.0.as_ptr().wrapping_add(skip as usize);
-                opcode::Write::new(FILE, start, bytes).offset(offset + skip).build()
+                opcode::Write::new(FILE, start, bytes).offset(*offset + skip).build()
             }
             Operation::Flush => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
         };
@@ -151,8 +155,8 @@ impl Uring {
 
     fn push_entry(&mut self, entry: &squeue::Entry) {
         // SAFETY: an entry is the waker's poll, which has no address, or made by `push`: its addresses lie in the arena, which this
-        // device holds, or in the page that its slot holds, and both are kept until the completion. That nobody else uses the extent
-        // meanwhile, and that its segment is not prepared anew, is the submitter's promise.
+        // device holds, or in the page or buffer that its slot holds, and all are kept until the completion. That nobody else uses the
+        // extent meanwhile, and that its segment is not prepared anew, is the submitter's promise.
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.expect("the queue has an entry for each slot and one for the waker");
     }
@@ -206,8 +210,7 @@ impl Uring {
         match slot.transfer.advance(result) {
             Next::Again => self.push(index),
             Next::End(result) => {
-                done.push(IoDone { id: slot.request.id, result });
-                self.slots[index] = None;
+                done.extend(self.slots[index].take().map(|slot| slot.request.done(result)));
                 self.free_slots.push(index);
             }
         }
@@ -221,8 +224,7 @@ impl BlockDevice for Uring {
 
     fn submit(&mut self, request: IoRequest) {
         if !request.operation.fits(self.file_bytes, &self.arena) {
-            self.refused.push(IoDone { id: request.id, result: Err(IoFault::Short) });
-            return;
+            return self.refused.push(request.done(Err(IoFault::Short)));
         }
         let bytes = request.operation.span().map_or(0, |(_, bytes)| bytes);
         let index = self.free_slots.pop();

@@ -119,6 +119,12 @@ impl DiskTier {
         self.notes[slot.segment() as usize][slot.place() as usize].verified = true;
     }
 
+    /// Whether a slot holds what its entry says, and not what somebody else left there: unless the disk lies.
+    pub fn is_sure(&self, slot: SlotId) -> bool {
+        let Note { written, verified, .. } = self.note(slot);
+        verified && !self.directory.is_suspect(written)
+    }
+
     /// What the directory is to say of a slot.
     pub fn note(&self, slot: SlotId) -> Note {
         self.notes[slot.segment() as usize][slot.place() as usize]
