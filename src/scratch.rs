@@ -1,10 +1,12 @@
-//! A folder for the time of a command: on a file system with room and, if there is one, with O_DIRECT; removed at the end.
+//! A folder for the time of a command: on a file system with room and, if there is one, with O_DIRECT; removed at the end. Who is killed
+//! leaves it behind: it is locked while it is used, so that [`left_behind`] can tell.
 
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{OFlags, statfs, statvfs};
+use rustix::fs::{FlockOperation, OFlags, flock, statfs, statvfs};
 use tempfile::TempDir;
 
 use crate::failure::Failure;
@@ -14,6 +16,8 @@ use crate::units;
 #[derive(Debug)]
 pub struct Scratch {
     folder: TempDir,
+    /// The folder, locked. Not inherited by children.
+    _lock: File,
     /// Name of the file system.
     pub file_system: String,
     /// Whether O_DIRECT works on it.
@@ -90,19 +94,117 @@ impl Scratch {
     fn at(place: &Path, prefix: &str) -> std::io::Result<Self> {
         // What is no folder is told by its own name, and not by that of a file which would have been made in it.
         std::fs::metadata(place.join("."))?;
-        let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(place)?;
+        let (folder, lock) = locked_folder(place, prefix)?;
         let room = statvfs(folder.path())?;
         let probe = folder.path().join("direct");
         let direct = i32::try_from(OFlags::DIRECT.bits())
             .is_ok_and(|flag| File::options().write(true).create(true).custom_flags(flag).open(&probe).is_ok());
         drop(std::fs::remove_file(&probe));
         let file_system = file_system_name(statfs(folder.path())?.f_type as u64);
-        Ok(Self { folder, file_system, direct, free_bytes: room.f_bavail.saturating_mul(room.f_frsize) })
+        Ok(Self { folder, _lock: lock, file_system, direct, free_bytes: room.f_bavail.saturating_mul(room.f_frsize) })
     }
 
     fn is_memory(&self) -> bool {
         matches!(self.file_system.as_str(), "tmpfs" | "ramfs")
     }
+}
+
+/// What begins the names of all such folders.
+const PREFIX: &str = "tender-";
+
+/// A folder, or a socket, of a process that is gone.
+#[derive(Debug)]
+pub struct LeftBehind {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What it is, for people.
+    pub what: &'static str,
+    /// Bytes on disk that it takes.
+    pub bytes: u64,
+    /// Nobody begins to use it meanwhile.
+    _lock: Option<File>,
+}
+
+impl LeftBehind {
+    /// Removes it.
+    pub fn remove(&self) -> std::io::Result<()> {
+        if self.path.symlink_metadata()?.is_dir() {
+            std::fs::remove_dir_all(&self.path)
+        } else {
+            std::fs::remove_file(&self.path)
+        }
+    }
+}
+
+/// Folders of commands that were killed, in the usual places and in `places`; and of the sockets, those at which nobody listens.
+pub fn left_behind(places: &[PathBuf], sockets: &[PathBuf]) -> Vec<LeftBehind> {
+    let mut all = usual_places();
+    all.extend_from_slice(places);
+    let mut all: Vec<PathBuf> = all.into_iter().filter_map(|place| place.canonicalize().ok()).collect();
+    all.sort_unstable();
+    all.dedup();
+    let folders = all.iter().filter_map(|place| std::fs::read_dir(place).ok()).flatten().flatten();
+    let mut left: Vec<LeftBehind> = folders.filter_map(|entry| unused_folder(entry.path())).collect();
+    left.extend(sockets.iter().filter(|socket| is_deserted(socket)).map(|socket| LeftBehind {
+        path: socket.clone(),
+        what: "a daemon's socket",
+        bytes: 0,
+        _lock: None,
+    }));
+    left
+}
+
+fn unused_folder(path: PathBuf) -> Option<LeftBehind> {
+    let name = path.file_name()?.to_str()?;
+    let what = [("replay-", "a replay's folder"), ("demo-", "a demo's folder")];
+    let (_, what) =
+        what.into_iter().find(|(of, _)| name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with(of)))?;
+    let found = path.symlink_metadata().ok()?;
+    if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
+        return None;
+    }
+    let lock = lock(&path).ok()?;
+    let bytes = bytes_of(&path);
+    Some(LeftBehind { path, what, bytes, _lock: Some(lock) })
+}
+
+fn bytes_of(folder: &Path) -> u64 {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let bytes = entries.map(|entry| match entry.metadata() {
+        Ok(found) if found.is_dir() => bytes_of(&entry.path()),
+        Ok(found) => found.blocks() * 512,
+        Err(_) => 0,
+    });
+    bytes.sum()
+}
+
+/// Whether it is a socket at which nobody listens.
+fn is_deserted(path: &Path) -> bool {
+    let is_socket = path.symlink_metadata().is_ok_and(|found| found.file_type().is_socket());
+    let refused = |error: std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+    is_socket && UnixStream::connect(path).is_err_and(refused)
+}
+
+fn lock(folder: &Path) -> std::io::Result<File> {
+    let lock = File::open(folder)?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(lock)
+}
+
+fn locked_folder(place: &Path, prefix: &str) -> std::io::Result<(TempDir, File)> {
+    /// Somebody who cleans up may find a folder before it is locked; not again and again.
+    const TRIES: usize = 5;
+    let prefix = format!("{PREFIX}{prefix}");
+    let make = || tempfile::Builder::new().prefix(&prefix).tempdir_in(place);
+    for _ in 1..TRIES {
+        let folder = make()?;
+        if let Ok(lock) = lock(folder.path()) {
+            return Ok((folder, lock));
+        }
+    }
+    let folder = make()?;
+    let lock = lock(folder.path())?;
+    Ok((folder, lock))
 }
 
 fn usual_places() -> Vec<PathBuf> {

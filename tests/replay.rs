@@ -315,13 +315,30 @@ fn an_interrupted_replay_leaves_nothing_behind() {
 }
 
 #[test]
-fn children_do_not_outlive_a_replay_that_is_killed() {
+fn a_killed_replay_leaves_no_children_and_a_folder_that_doctor_removes() {
     let (folder, scratch) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let doctor = |flags: &[&str]| {
+        let mut command = tender();
+        command.arg("doctor").args(flags).arg("--json").arg("--dir").arg(scratch.path());
+        let output = command.arg("--socket").arg(folder.path().join("none.sock")).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let left = scratch.path().display().to_string();
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .any(|line| line.contains("tender-replay-") && line.contains(&left))
+    };
     let (mut child, children) = long_replay(&folder, &scratch);
+    assert!(!doctor(&["--clean"]), "its folder is in use");
+    assert!(!is_empty(&scratch) && children.iter().all(|child| runs(*child)));
     child.kill().unwrap();
     child.wait().unwrap();
     wait_until("the end of all children", || !children.iter().any(|child| runs(*child)));
     wait_until("the end of the daemon", || processes_naming(scratch.path()).is_empty());
+    assert!(doctor(&[]), "it says what was left behind");
+    assert!(doctor(&["--clean"]), "and what it removed");
+    assert!(is_empty(&scratch));
+    assert!(!doctor(&["--clean"]), "nothing is left");
 }
 
 #[test]

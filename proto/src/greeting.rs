@@ -42,6 +42,7 @@
 //! A socket that ends without `Leave` says nothing about the process: what it holds it holds until its pidfd proves it dead.
 
 use std::io;
+use std::path::{Path, PathBuf};
 
 use crate::convert::FieldError;
 use crate::ring::RING_ABI;
@@ -57,6 +58,13 @@ pub const SHARED_MAPPING: u32 = 0;
 
 /// What is added to the name of the gRPC socket.
 pub const SOCKET_SUFFIX: &str = ".door";
+
+/// The local door's socket: beside the gRPC socket.
+pub fn door_path(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(SOCKET_SUFFIX);
+    path.into()
+}
 
 const MAGIC: u64 = u64::from_le_bytes(*b"TNDRDOOR");
 const BODY: usize = 16;

@@ -89,7 +89,7 @@ impl Outcome {
 impl Demo {
     /// Runs, cleans up, shows.
     pub async fn run(self) -> Result<(), Failure> {
-        let scratch = Scratch::new("tender-demo-", self.dir.as_deref(), FREE_BYTES_NEEDED)?;
+        let scratch = Scratch::new("demo-", self.dir.as_deref(), FREE_BYTES_NEEDED)?;
         let (folder, file_system) = (scratch.path().display().to_string(), scratch.file_system.clone());
         let free = units::bytes(scratch.free_bytes);
         eprintln!("temporary files in {folder} ({file_system}, {free} free), removed at the end");

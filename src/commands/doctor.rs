@@ -4,17 +4,22 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
-use tender_client::proto::wire;
+use tender_client::proto::{greeting, wire};
 use tender_kvstore::Config;
 
 use super::serve::Settings;
 use crate::connect::Connection;
 use crate::failure::Failure;
 use crate::output::{Output, text_table};
+use crate::scratch::{self, LeftBehind};
+use crate::units;
 
 /// Asks the running daemon what it found; without one, looks for itself, with the settings that `serve` would have.
 #[derive(Args, Debug)]
 pub struct Doctor {
+    /// Remove what commands and daemons left behind that were killed
+    #[arg(long)]
+    clean: bool,
     /// Configuration file (TOML) of a daemon that is not running
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -34,7 +39,7 @@ struct Finding {
 impl Doctor {
     /// Shows findings; fails when one is bad.
     pub async fn run(self) -> Result<(), Failure> {
-        let Self { config, settings, output } = self;
+        let Self { clean, config, settings, output } = self;
         let overrides = settings.overrides();
         let config = Config::load(config.as_deref(), &overrides).map_err(Failure::message)?;
         let token_file = overrides.token_file.or_else(|| std::env::var_os("TENDER_TOKEN_FILE").map(PathBuf::from));
@@ -43,7 +48,12 @@ impl Doctor {
             Ok(operator) => Some(operator.status().await?),
             Err(_) => None,
         };
-        let (origin, findings) = match running {
+        let sockets = [config.socket.clone(), greeting::door_path(&config.socket)];
+        let left = scratch::left_behind(&config.dirs, &sockets);
+        if clean {
+            return clean_up(&left, &output);
+        }
+        let (origin, mut findings) = match running {
             Some(status) => {
                 let origin = format!("as found by the running daemon (process {})", status.process_id);
                 (origin, status.findings.into_iter().map(Finding::from).collect::<Vec<_>>())
@@ -53,6 +63,9 @@ impl Doctor {
                 ("no daemon is running; as a daemon started now would find it".to_owned(), findings)
             }
         };
+        if !left.is_empty() {
+            findings.push(left_finding(&left));
+        }
         if output.json {
             for Finding { what, found, verdict, cure } in &findings {
                 output.object(&json!({ "what": what, "found": found, "verdict": verdict, "cure": cure }))?;
@@ -65,6 +78,42 @@ impl Doctor {
             output.line(text_table(["what", "verdict", "found", "cure"], rows))?;
         }
         if findings.iter().any(|finding| finding.verdict == BAD) { Err(Failure::Bad) } else { Ok(()) }
+    }
+}
+
+fn left_finding(left: &[LeftBehind]) -> Finding {
+    let bytes = units::bytes(left.iter().map(|left| left.bytes).sum());
+    let paths: Vec<String> = left.iter().map(|left| left.path.display().to_string()).collect();
+    Finding {
+        what: "left behind".to_owned(),
+        found: format!("{bytes} by processes that were killed: {}", paths.join(", ")),
+        verdict: "fallback",
+        cure: "tender doctor --clean".to_owned(),
+    }
+}
+
+fn clean_up(left: &[LeftBehind], output: &Output) -> Result<(), Failure> {
+    let removed: Vec<(&LeftBehind, std::io::Result<()>)> = left.iter().map(|left| (left, left.remove())).collect();
+    let said =
+        |removed: &std::io::Result<()>| removed.as_ref().map_or_else(ToString::to_string, |()| "removed".to_owned());
+    if output.json {
+        for (LeftBehind { path, what, bytes, .. }, removed) in &removed {
+            let object = json!({ "what": what, "path": path, "bytes": bytes, "removed": removed.is_ok() });
+            output.object(&object)?;
+        }
+    } else if removed.is_empty() {
+        output.line("nothing was left behind")?;
+    } else {
+        let rows = removed.iter().map(|(left, removed)| {
+            [left.what.to_owned(), left.path.display().to_string(), units::bytes(left.bytes), said(removed)]
+        });
+        output.line(text_table(["what", "path", "size", "outcome"], rows))?;
+    }
+    match removed.iter().find_map(|(left, removed)| removed.as_ref().err().map(|error| (left, error))) {
+        Some((left, error)) => {
+            Err(Failure::message(format_args!("cannot remove {}: {error}; remove it by hand", left.path.display())))
+        }
+        None => Ok(()),
     }
 }
 

@@ -148,7 +148,7 @@ impl Replay {
     }
 
     async fn with_daemon(&self, trace: &Trace, survey: &Survey, setup: Setup) -> Result<Report, Failure> {
-        let scratch = Scratch::new("tender-replay-", self.dir.as_deref(), self.disk.saturating_add(DISK_SLACK_BYTES))?;
+        let scratch = Scratch::new("replay-", self.dir.as_deref(), self.disk.saturating_add(DISK_SLACK_BYTES))?;
         let (folder, file_system) = (scratch.path().display(), &scratch.file_system);
         let (host, disk) = (units::bytes(self.host), units::bytes(self.disk));
         let direct = if scratch.direct { "with O_DIRECT" } else { "without O_DIRECT" };

@@ -7,7 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use tender_proto::greeting::SOCKET_SUFFIX;
+use tender_proto::greeting;
 use tender_proto::wire;
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
@@ -95,9 +95,7 @@ impl Bound {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(error)?;
         }
         let (unix, unix_name) = bind_unix(path, config.socket_mode).map_err(error)?;
-        let mut door_path = path.clone().into_os_string();
-        door_path.push(SOCKET_SUFFIX);
-        let door_path = PathBuf::from(door_path);
+        let door_path = greeting::door_path(path);
         let door_error = |source| ListenError::Socket { path: door_path.display().to_string(), source };
         let (door, door_name) = bind_unix(&door_path, config.socket_mode).map_err(door_error)?;
         let tcp = config.listen.map(|address| {
