@@ -26,6 +26,9 @@ pub(crate) const RECONNECT_PAUSE_MIN: Duration = Duration::from_millis(100);
 /// Longest pause: a restarted daemon is in use again this long after at the latest.
 pub(crate) const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
 
+/// Pause before a worker is looked for that follows one which was about to end: less than it takes to start one.
+pub(crate) const NEXT_WORKER_PAUSE: Duration = Duration::from_millis(20);
+
 /// How long the call that found its daemon gone waits for the first attempt to reach it again, before it answers with a miss. A daemon
 /// that was stopped refuses at once; one whose worker is being followed by the next one answers when that one serves.
 pub(crate) const RECONNECT_WAIT: Duration = Duration::from_secs(3);

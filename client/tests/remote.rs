@@ -263,22 +263,25 @@ async fn a_wrong_byte_never_arrives() {
 
 #[tokio::test]
 async fn a_stream_that_breaks_off_leaves_what_came_whole() {
-    let (world, client, keys, payloads) = with_three_blocks().await;
+    let world = World::new();
+    let client = world.client().await;
+    let (keys, payloads) = blocks(&client, 4);
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 4]);
     world.node.set(Trouble::BreakOff);
     let got = client.get(&keys, Shard::WHOLE).await;
     assert_eq!(got.end, GetEnd::Unavailable);
-    // One by each of the two tries.
-    assert_eq!(got.blocks.len(), 2);
+    // One by each of the three tries.
+    assert_eq!(got.blocks.len(), 3);
     assert!(got.blocks.iter().zip(&payloads).all(|(block, payload)| block.equals(payload)));
     sleep(Duration::from_millis(500)).await;
     let prefetched = client.prefetch(&keys, |_| {}).await;
-    assert_eq!(prefetched.resident_blocks + prefetched.shed_blocks, 3);
+    assert_eq!(prefetched.resident_blocks + prefetched.shed_blocks, 4);
     client.purge(Purge::Namespace).await;
-    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Unavailable; 3]);
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Unavailable; 4]);
     world.node.set(Trouble::None);
     sleep(Duration::from_millis(500)).await;
     assert_eq!(client.lookup(&keys).await.prefix_blocks, 0, "nothing of it was kept");
-    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 3]);
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored; 4]);
 }
 
 #[tokio::test]

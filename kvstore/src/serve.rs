@@ -277,20 +277,23 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
         let _ = retire.send(keeper.wait_for_retirement());
     });
     listening.map_err(StartError::System)?;
-    tokio::select! {
-        () = asked_to_stop => {}
+    let write_back = tokio::select! {
+        () = asked_to_stop => Verb::Drain,
         retired = retirement => {
             if !matches!(retired, Ok(Ok(()))) {
                 tracing::error!("the keeper is gone, and this worker ends with it");
                 std::process::exit(1);
             }
+            // Nobody is turned away: what is put meanwhile is found in host memory by the next worker.
+            Verb::WriteBack
         }
-    }
+    };
     tracing::info!("stopping: writing back what is only in memory, for at most {} s", limits::DRAIN.as_secs());
-    // Whatever the drain did not manage in its time is a miss after the next start.
-    let _ = handle.ask(TenantId(0), limits::DRAIN, Verb::Drain).await;
+    // Whatever this did not manage in its time is a miss after the next start, unless host memory is found again.
+    let _ = handle.ask(TenantId(0), limits::DRAIN, write_back).await;
     stop.send_replace(true);
-    /// Streams that clients hold open (watches) end with the process.
+    /// For what is under way. Who connects from now on waits for the next worker, if one comes: the keeper's sockets take them. Streams
+    /// that clients hold open (watches) end with the process.
     const LAST_WORDS: Duration = Duration::from_secs(1);
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
     handle.stop();

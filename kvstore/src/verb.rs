@@ -96,8 +96,10 @@ pub enum Verb {
     },
     /// How the store is.
     Status,
-    /// Write back and flush all that can be, for a daemon that is about to stop.
+    /// Write back and flush all that can be, for a daemon that is about to stop: it takes nothing new from now on.
     Drain,
+    /// Write back and flush what there is now, for a worker that the next one follows: it serves on meanwhile.
+    WriteBack,
 }
 
 /// What a process says it holds.
@@ -194,7 +196,7 @@ pub enum Reply {
     Status(Box<crate::status::CoreStatus>),
     /// To `Confirm`: one per hold, whether it still stands.
     Confirmed(Vec<bool>),
-    /// To `Detach`, `Join`, `Gone`, `Abort`, `Release`, `Drain`.
+    /// To `Detach`, `Join`, `Gone`, `Abort`, `Release`, `Drain`, `WriteBack`.
     Done,
     /// The question cannot be answered.
     Refused(Refusal),

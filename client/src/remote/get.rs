@@ -13,7 +13,7 @@ use tender_proto::{BlockKey, BlockLayout, Shard};
 use tokio::time::timeout;
 
 use super::link::{Link, Links};
-use super::{Remote, end_of, joined};
+use super::{LINKS_MAX, Remote, end_of, joined};
 use crate::failure::Failure;
 use crate::local::{Came, Local, Wanted};
 use crate::{BlockView, GetEnd, Got, Tier, deadline};
@@ -58,16 +58,16 @@ impl Remote {
 }
 
 impl Run<'_> {
-    /// Asks until all is there or something ends the run; goes on over another link, once, where one breaks.
+    /// Asks until all is there or something ends the run; goes on over another link where one breaks.
     async fn fill(&mut self, links: &Arc<Links>) -> GetEnd {
         let Ok(mut link) = links.ready().await else { return GetEnd::Unavailable };
-        let mut is_second = false;
+        let mut links_used = 1;
         while self.blocks.len() < self.keys.len() {
             match self.fill_some(&link).await {
                 Ok(GetEnd::Complete) => {}
                 Ok(end) => return end,
-                Err(failure) if failure.wants_attach() && !is_second => {
-                    is_second = true;
+                Err(failure) if failure.wants_attach() && links_used < LINKS_MAX => {
+                    links_used += 1;
                     link = match links.another(&link).await {
                         Ok(another) => another,
                         Err(failure) => return end_of(failure),

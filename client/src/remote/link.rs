@@ -6,7 +6,9 @@
 //!       ▲                                                        │     calls meanwhile fail at once
 //!       └──────────── attached again, under the same root ───────┘
 //! ```
-//! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss.
+//! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss. An attempt that
+//! found somebody at the socket who then went away has met a worker at its end: for as long as calls wait it does not count as one, and
+//! the next one follows soon.
 
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -16,7 +18,7 @@ use tender_proto::wire::blocks_client::BlocksClient;
 use tender_proto::wire::{self, AttachReply};
 use tender_proto::{BlockKey, PROTOCOL_VERSION, TenantSalt};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tonic::Request;
 use tonic::transport::Channel;
 
@@ -61,6 +63,17 @@ impl Link {
         estate: &Arc<Estate>,
     ) -> Result<(Self, Terms), AttachError> {
         let channel = door.connect().await?;
+        Self::attach_over(channel, door, doors, attach, expected, estate).await
+    }
+
+    async fn attach_over(
+        channel: Channel,
+        door: &Door,
+        doors: Doors,
+        attach: &Attach,
+        expected: Option<&BlockKey>,
+        estate: &Arc<Estate>,
+    ) -> Result<(Self, Terms), AttachError> {
         let request = wire::AttachRequest {
             protocol_version: PROTOCOL_VERSION,
             group: attach.group.clone(),
@@ -260,12 +273,18 @@ impl Links {
         }
     }
 
-    async fn attempt(&self) -> Result<Link, AttachError> {
-        let (link, terms) = Link::attach(&self.door, self.doors, &self.attach, Some(&self.root), &self.estate).await?;
+    async fn attempt(&self) -> Result<Link, NotAttached> {
+        let channel = self.door.connect().await.map_err(NotAttached::For)?;
+        let (doors, root) = (self.doors, Some(&self.root));
+        let attached = Link::attach_over(channel, &self.door, doors, &self.attach, root, &self.estate).await;
+        let (link, terms) = attached.map_err(|error| match error {
+            AttachError::Unavailable { .. } => NotAttached::WentAway(error),
+            error => NotAttached::For(error),
+        })?;
         if terms.root != self.root {
             // Keys given out were derived from the old root: under the new one they would name nothing.
             tracing::error!("the daemon came back with another salt for this tenant; attach anew to use it");
-            return Err(AttachError::RootsDiffer { ours: self.root, theirs: terms.root });
+            return Err(NotAttached::For(AttachError::RootsDiffer { ours: self.root, theirs: terms.root }));
         }
         Ok(link)
     }
@@ -299,6 +318,14 @@ impl Drop for Links {
     }
 }
 
+/// Why an attempt to attach anew failed.
+enum NotAttached {
+    /// Somebody listened, and then went away: another one may follow.
+    WentAway(AttachError),
+    /// Anything else.
+    For(AttachError),
+}
+
 /// The task that attaches; ends when it did, or when nobody holds the links any more.
 struct Attaching {
     links: Weak<Links>,
@@ -308,6 +335,7 @@ struct Attaching {
 impl Attaching {
     async fn run(mut self) {
         let mut pause = deadline::RECONNECT_PAUSE_MIN;
+        let since = Instant::now();
         while let Some(links) = self.links.upgrade() {
             match links.attempt().await {
                 Ok(link) => {
@@ -320,7 +348,13 @@ impl Attaching {
                     links.heed();
                     return;
                 }
-                Err(error) => {
+                Err(NotAttached::WentAway(error)) if since.elapsed() < deadline::RECONNECT_WAIT => {
+                    tracing::debug!("not attached yet: {error}");
+                    drop(links);
+                    sleep(deadline::NEXT_WORKER_PAUSE).await;
+                    continue;
+                }
+                Err(NotAttached::WentAway(error) | NotAttached::For(error)) => {
                     tracing::debug!("not attached: {error}");
                     links.state.send_modify(|state| state.failed_attempts = state.failed_attempts.saturating_add(1));
                 }

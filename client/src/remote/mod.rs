@@ -3,7 +3,7 @@
 //! ```text
 //! Remote ── verb ──► Links::current ──► Link (one attachment over one connection) ──► ring, if there is one, else gRPC ──► daemon
 //!             │          └─ none: a miss, at once; a task of `link` attaches meanwhile
-//!             └─ the call failed because the daemon is gone or forgot us: Links::another, once, then again
+//!             └─ the call failed because the daemon is gone or forgot us: Links::another, then again, twice at most
 //! ```
 //! `connection` is the way there, `link` the attachment, `crate::local` the ring, `crate::failure` why there was no answer,
 //! `crate::deadline` how long to wait for one; `put`, `get` and `watch` are the verbs that stream over gRPC. The others are short and
@@ -33,6 +33,10 @@ use crate::{
     Attach, AttachError, BlockStore, GetEnd, Got, Lookup, Position, Prefetched, Purge, Purged, Put, PutOutcome, Terms,
     Watch, deadline,
 };
+
+/// Links that one call is tried over: the one in use, one that a worker gave which was about to end, and the next one's. More would
+/// have a question that kills workers kill more of them.
+const LINKS_MAX: usize = 3;
 
 /// By which of a daemon's doors to ask.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -91,19 +95,20 @@ impl Remote {
         }
     }
 
-    /// One call: over another link once more, if the first is gone.
+    /// One call: again over another link, if one is gone. All of it within the deadline.
     async fn ask<T, F>(&self, deadline: Duration, call: impl Fn(Arc<Link>) -> F) -> Result<T, Failure>
     where
         F: Future<Output = Result<T, Failure>>,
     {
         let calls = async {
-            let link = self.links.ready().await?;
-            let answer = call(Arc::clone(&link)).await;
-            let Err(failure) = answer else { return answer };
-            if !failure.wants_attach() {
-                return Err(failure);
+            let mut link = self.links.ready().await?;
+            for _ in 1..LINKS_MAX {
+                let answer = call(Arc::clone(&link)).await;
+                if !answer.as_ref().is_err_and(|failure| failure.wants_attach()) {
+                    return answer;
+                }
+                link = self.links.another(&link).await?;
             }
-            let link = self.links.another(&link).await?;
             let answer = call(Arc::clone(&link)).await;
             if answer.as_ref().is_err_and(|failure| failure.wants_attach()) {
                 self.links.lose(&link);
@@ -171,13 +176,31 @@ impl Remote {
         self.ask(self.deadline, call).await
     }
 
-    /// `report` is given what the daemon said last.
+    /// `report` is given what the daemon said last. A stream that breaks is asked for anew.
     async fn prefetch_piece(
         &self,
         keys: &[BlockKey],
         report: &mut (dyn FnMut(Prefetched) + Send),
     ) -> Result<(), Failure> {
         let deadline = deadline::with_bytes(self.deadline, self.block_bytes(keys));
+        let prefetching = async {
+            for _ in 1..LINKS_MAX {
+                let answer = self.prefetch_once(keys, report, deadline).await;
+                if !answer.as_ref().is_err_and(|failure| failure.wants_attach()) {
+                    return answer;
+                }
+            }
+            self.prefetch_once(keys, report, deadline).await
+        };
+        timeout(deadline + deadline::GRACE, prefetching).await.unwrap_or(Err(Failure::Deadline))
+    }
+
+    async fn prefetch_once(
+        &self,
+        keys: &[BlockKey],
+        report: &mut (dyn FnMut(Prefetched) + Send),
+        deadline: Duration,
+    ) -> Result<(), Failure> {
         let blocks = |count: u32| (count as usize).min(keys.len());
         let call = |link: Arc<Link>| async move {
             if let Some(local) = link.local(keys.len()) {
@@ -200,7 +223,7 @@ impl Remote {
                 return Ok(());
             }
         };
-        let reports = async {
+        {
             while let Some(progress) = stream.message().await? {
                 report(Prefetched {
                     resident_blocks: blocks(progress.resident_blocks),
@@ -213,8 +236,7 @@ impl Remote {
                 }
             }
             Err(Failure::Gone)
-        };
-        timeout(deadline + deadline::GRACE, reports).await.unwrap_or(Err(Failure::Deadline))
+        }
     }
 }
 

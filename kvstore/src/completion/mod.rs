@@ -115,6 +115,8 @@ pub struct DrainWait {
     pub checks: usize,
     /// Whether all blocks were looked at once: what these checks found wanting is written now.
     pub is_second: bool,
+    /// The last write-back that it waits for, once it has looked at all: others may come while a worker serves on.
+    pub last_write_back: Option<u64>,
     /// The flush that it waits for.
     pub cycle: Option<CycleId>,
 }

@@ -358,7 +358,11 @@ impl Core {
             Verb::Events { attachment, after } => Some(self.events(tenant, attachment, after)),
             Verb::Snapshot { attachment, from } => Some(self.snapshot(tenant, attachment, from)),
             Verb::Status => Some(Reply::Status(Box::new(self.status()))),
-            Verb::Drain => self.drain(id, deadline_ms),
+            Verb::Drain => {
+                self.stopping = true;
+                self.drain(id, deadline_ms)
+            }
+            Verb::WriteBack => self.drain(id, deadline_ms),
         };
         if let Some(reply) = reply {
             actions.push(Action::Reply(id, reply));

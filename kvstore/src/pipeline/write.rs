@@ -468,9 +468,8 @@ impl Core {
         self.disk().tier.slab.chain(first).all(|slot| self.disk().note(slot).verified)
     }
 
-    /// Writes back what is only in memory and is worth it, then flushes; for a daemon that is about to stop.
+    /// Writes back what is only in memory and is worth it, then flushes; for a daemon or a worker that is about to stop.
     pub(super) fn drain(&mut self, id: RequestId, deadline_ms: u64) -> Option<Reply> {
-        self.stopping = true;
         if self.disk.as_ref().is_none_or(|disk| disk.is_awaited()) {
             return Some(Reply::Done);
         }
@@ -480,10 +479,8 @@ impl Core {
 
     pub(super) fn go_on_stopping(&mut self) {
         for id in self.pending.which(|waiting| matches!(waiting, Waiting::Drain(wait) if wait.cycle.is_none())) {
-            let Some(Waiting::Drain(DrainWait { next: from, checks, is_second, .. })) = self.pending.get_mut(id) else {
-                continue;
-            };
-            let (from, mut checks, mut is_second) = (*from, *checks, *is_second);
+            let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) else { continue };
+            let DrainWait { next: from, mut checks, mut is_second, mut last_write_back, .. } = *wait;
             let end = self.index.end();
             let mut to = from.saturating_add(limits::CONTINUATION_BLOCKS as u32).min(end);
             for node in self.index.in_host(from, to) {
@@ -518,16 +515,16 @@ impl Core {
                 }
             }
             let is_stuck = to == from && to < end;
-            let mut flush = None;
-            if to == end && self.writing.is_empty() && checks == 0 {
-                if is_second {
-                    flush = self.disk.as_mut().map(|disk| disk.directory.want());
-                } else {
-                    (to, is_second) = (0, true);
-                }
+            if to == end && checks == 0 && !is_second {
+                (to, is_second) = (0, true);
+            } else if to == end && is_second {
+                last_write_back = last_write_back.or(Some(self.last_write_back));
             }
+            let awaited = |&number: &u64| self.stopping || last_write_back.is_none_or(|last| number <= last);
+            let done = last_write_back.is_some() && !self.writing.values().any(awaited);
+            let cycle = if done { self.disk.as_mut().map(|disk| disk.directory.want()) } else { None };
             if let Some(Waiting::Drain(wait)) = self.pending.get_mut(id) {
-                *wait = DrainWait { next: to, is_stuck, checks, is_second, cycle: flush };
+                *wait = DrainWait { next: to, is_stuck, checks, is_second, last_write_back, cycle };
             }
         }
     }
