@@ -3,6 +3,8 @@
 
 #[path = "local_door/actor.rs"]
 mod actor;
+#[path = "local_door/bringing.rs"]
+mod bringing;
 #[path = "local_door/crowd.rs"]
 mod crowd;
 #[path = "local_door/deaths.rs"]

@@ -23,6 +23,7 @@ use std::future::Future;
 
 pub use block::{BlockPiece, BlockView, GetEnd, Got, Lookup, Prefetched, Purge, Purged, Put, PutOutcome, Tier};
 pub use in_memory::InMemory;
+pub use local::{BringError, MemoryState, OwnMemory};
 pub use null::Null;
 pub use operator::Operator;
 pub use remote::{Doors, Remote, Target};

@@ -15,11 +15,14 @@
 //!  3 Mapped      u32 mapping
 //!  4 Unmappable  u32 mapping
 //!  5 Leave
+//!  6 Bring       u32 mapping                                                          a file of its own, instead of the one offered
 //! from the daemon
-//! 17 Opened      u64 shared_bytes, u32 flags (bit 0: verify)                          ring, doorbell (eventfd), bell, shared file
+//! 17 Opened      u64 shared_bytes, u32 flags (bit 0: verify), u64 brought_bytes       ring, doorbell (eventfd), bell, shared file
 //! 18 Refused     u32 length, text
 //! 19 Map         u64 bytes, u32 mapping, u32 flags (bit 0: writable)                  the file
 //! 20 Forget      u32 mapping
+//! 21 Taken       u32 mapping
+//! 22 NotTaken    u32 mapping, u32 length, text
 //! ```
 //! ```text
 //! client                                            daemon
@@ -36,6 +39,21 @@
 //!                                      ◄──          Forget: nothing will be granted in it again; unmap when no lease is left
 //! Leave; closes the socket             ──►          holds nothing any more
 //! ```
+//! A client that has memory of its own (registered with its GPU, on its NUMA node) may *bring* it: it answers `Map` with a file
+//! instead of with `Mapped`.
+//! ```text
+//!                                      ◄──          Map, writable: a fresh file, as above
+//! Bring, with a file that it has
+//! mapped and closed for writers        ──►          looks at it; nothing about it is believed
+//!                                      ◄──          Taken: slots in it are granted under that name; the fresh file is nobody's
+//!                                      ◄──          or NotTaken: why, and the cure; maps the fresh file, and goes on with Mapped
+//!                                      ◄──          Forget, as above: it is the client's alone again
+//! ```
+//! Such a file is a memfd of exactly `brought_bytes`, with the seals `SHRINK`, `GROW` and `FUTURE_WRITE`, open for reading and writing,
+//! and none that is in use here already. One may be brought for each offer. Where `brought_bytes` is 0 (a daemon that is older, or
+//! that has no such memory) nothing is to be brought: an older daemon would hang up. Neither side says anything new to one that does
+//! not know it, and so the version stays.
+//!
 //! A *mapping* is the name of a memory file: 0 is the shared file, the others are memory that a client writes. None is used twice,
 //! also not after a restart. The `segment` of an extent or a lease on the ring is such a name.
 //!
@@ -51,7 +69,7 @@ use crate::ring::RING_ABI;
 pub const MESSAGE_BYTES: usize = 256;
 
 /// Most bytes of a refusal's text.
-pub const TEXT_BYTES_MAX: usize = MESSAGE_BYTES - TEXT;
+pub const TEXT_BYTES_MAX: usize = MESSAGE_BYTES - BODY - 4;
 
 /// Name of the file that only the daemon writes.
 pub const SHARED_MAPPING: u32 = 0;
@@ -68,7 +86,6 @@ pub fn door_path(socket: &Path) -> PathBuf {
 
 const MAGIC: u64 = u64::from_le_bytes(*b"TNDRDOOR");
 const BODY: usize = 16;
-const TEXT: usize = BODY + 4;
 const FLAG: u32 = 1;
 
 /// What a client says.
@@ -89,6 +106,8 @@ pub enum ToDaemon {
     Unmappable(u32),
     /// It holds nothing any more.
     Leave,
+    /// Instead of `Mapped`: memory of its own, mapped for writing. Comes with the file.
+    Bring(u32),
 }
 
 /// What the daemon says.
@@ -100,6 +119,8 @@ pub enum ToClient {
         shared_bytes: u64,
         /// The shared file could be changed by this client: every lease is to be verified.
         verify: bool,
+        /// Length of a file that this client may bring; 0: it may not.
+        brought_bytes: u64,
     },
     /// Why not, and the cure.
     Refused(String),
@@ -114,6 +135,15 @@ pub enum ToClient {
     },
     /// No slot of it will be granted any more.
     Forget(u32),
+    /// The file that was brought is the mapping.
+    Taken(u32),
+    /// It is not: the one that was offered is.
+    NotTaken {
+        /// For which offer.
+        mapping: u32,
+        /// Why not, and the cure.
+        why: String,
+    },
 }
 
 /// A message, as bytes.
@@ -128,6 +158,7 @@ impl ToDaemon {
             Self::Mapped(mapping) => message(3, &[&mapping.to_le_bytes()]),
             Self::Unmappable(mapping) => message(4, &[&mapping.to_le_bytes()]),
             Self::Leave => message(5, &[]),
+            Self::Bring(mapping) => message(6, &[&mapping.to_le_bytes()]),
         }
     }
 
@@ -140,6 +171,7 @@ impl ToDaemon {
             3 => Self::Mapped(mapping()),
             4 => Self::Unmappable(mapping()),
             5 => Self::Leave,
+            6 => Self::Bring(mapping()),
             kind => return Err(unknown("kind", kind)),
         })
     }
@@ -149,37 +181,37 @@ impl ToClient {
     /// Its bytes; a text that is too long is cut.
     pub fn encode(&self) -> Message {
         match self {
-            Self::Opened { shared_bytes, verify } => {
-                message(17, &[&shared_bytes.to_le_bytes(), &u32::from(*verify).to_le_bytes()])
+            Self::Opened { shared_bytes, verify, brought_bytes } => {
+                let flags = u32::from(*verify).to_le_bytes();
+                message(17, &[&shared_bytes.to_le_bytes(), &flags, &brought_bytes.to_le_bytes()])
             }
-            Self::Refused(text) => {
-                let cut = (0..=text.len().min(TEXT_BYTES_MAX)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
-                message(18, &[&(cut as u32).to_le_bytes(), &text.as_bytes()[..cut]])
-            }
+            Self::Refused(text) => with_text(18, &[], text),
             Self::Map { mapping, bytes, writable } => {
                 message(19, &[&bytes.to_le_bytes(), &mapping.to_le_bytes(), &u32::from(*writable).to_le_bytes()])
             }
             Self::Forget(mapping) => message(20, &[&mapping.to_le_bytes()]),
+            Self::Taken(mapping) => message(21, &[&mapping.to_le_bytes()]),
+            Self::NotTaken { mapping, why } => with_text(22, &mapping.to_le_bytes(), why),
         }
     }
 
     /// From its bytes; the reason, with the cure, if it is none.
     pub fn decode(bytes: &Message) -> Result<Self, FieldError> {
         Ok(match kind(bytes)? {
-            17 => Self::Opened { shared_bytes: u64_at(bytes, BODY), verify: u32_at(bytes, BODY + 8) & FLAG != 0 },
-            18 => {
-                let length = u32_at(bytes, BODY) as usize;
-                crate::convert::length("text", length, 0, TEXT_BYTES_MAX)?;
-                let text = str::from_utf8(&bytes[TEXT..TEXT + length]);
-                let text = text.map_err(|error| FieldError::Text { field: "text", at: error.valid_up_to() })?;
-                Self::Refused(text.to_owned())
-            }
+            17 => Self::Opened {
+                shared_bytes: u64_at(bytes, BODY),
+                verify: u32_at(bytes, BODY + 8) & FLAG != 0,
+                brought_bytes: u64_at(bytes, BODY + 12),
+            },
+            18 => Self::Refused(text_at(bytes, BODY)?),
             19 => Self::Map {
                 bytes: u64_at(bytes, BODY),
                 mapping: u32_at(bytes, BODY + 8),
                 writable: u32_at(bytes, BODY + 12) & FLAG != 0,
             },
             20 => Self::Forget(u32_at(bytes, BODY)),
+            21 => Self::Taken(u32_at(bytes, BODY)),
+            22 => Self::NotTaken { mapping: u32_at(bytes, BODY), why: text_at(bytes, BODY + 4)? },
             kind => return Err(unknown("kind", kind)),
         })
     }
@@ -201,6 +233,22 @@ fn message(kind: u32, fields: &[&[u8]]) -> Message {
         at += field.len();
     }
     bytes
+}
+
+/// A message that ends with a text, as long as there is room for it.
+fn with_text(kind: u32, before: &[u8], text: &str) -> Message {
+    let room = TEXT_BYTES_MAX - before.len();
+    let cut = (0..=text.len().min(room)).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+    message(kind, &[before, &(cut as u32).to_le_bytes(), &text.as_bytes()[..cut]])
+}
+
+/// A text whose length stands there.
+fn text_at(bytes: &Message, at: usize) -> Result<String, FieldError> {
+    let (length, start) = (u32_at(bytes, at) as usize, at + 4);
+    crate::convert::length("text", length, 0, MESSAGE_BYTES - start)?;
+    let text = str::from_utf8(&bytes[start..start + length]);
+    let text = text.map_err(|error| FieldError::Text { field: "text", at: error.valid_up_to() })?;
+    Ok(text.to_owned())
 }
 
 /// The kind of a message of this version.
@@ -247,6 +295,7 @@ mod tests {
                 ToDaemon::Mapped(mapping),
                 ToDaemon::Unmappable(mapping),
                 ToDaemon::Leave,
+                ToDaemon::Bring(mapping),
             ] {
                 prop_assert_eq!(ToDaemon::decode(&said.encode()), Ok(said));
                 prop_assert!(ToClient::decode(&said.encode()).is_err());
@@ -256,10 +305,12 @@ mod tests {
         #[test]
         fn what_the_daemon_says_is_heard(bytes: u64, mapping: u32, yes: bool, text in "\\PC{0,50}") {
             for said in [
-                ToClient::Opened { shared_bytes: bytes, verify: yes },
+                ToClient::Opened { shared_bytes: bytes, verify: yes, brought_bytes: bytes / 3 },
                 ToClient::Refused(text.clone()),
                 ToClient::Map { mapping, bytes, writable: yes },
                 ToClient::Forget(mapping),
+                ToClient::Taken(mapping),
+                ToClient::NotTaken { mapping, why: text.clone() },
             ] {
                 prop_assert_eq!(ToClient::decode(&said.encode()), Ok(said.clone()));
                 prop_assert!(ToDaemon::decode(&said.encode()).is_err());
@@ -290,5 +341,8 @@ mod tests {
         let said = ToClient::Refused("ä".repeat(MESSAGE_BYTES));
         let Ok(ToClient::Refused(text)) = ToClient::decode(&said.encode()) else { panic!("a refusal") };
         assert_eq!(text, "ä".repeat(TEXT_BYTES_MAX / 2));
+        let said = ToClient::NotTaken { mapping: u32::MAX, why: "ä".repeat(MESSAGE_BYTES) };
+        let why = "ä".repeat(TEXT_BYTES_MAX / 2 - 2);
+        assert_eq!(ToClient::decode(&said.encode()), Ok(ToClient::NotTaken { mapping: u32::MAX, why }));
     }
 }

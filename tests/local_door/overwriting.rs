@@ -12,7 +12,7 @@ use crate::support::site::TOKEN;
 use crate::{LARGE, SMALL, attach_as, client, site};
 
 /// Gets a run; what came must be right. How many blocks that were.
-async fn get_right(store: &Remote, run: &Run) -> (Vec<BlockView>, GetEnd) {
+pub async fn get_right(store: &Remote, run: &Run) -> (Vec<BlockView>, GetEnd) {
     let got = store.get(&run.keys, Shard::WHOLE).await;
     for (block, view) in got.blocks.iter().enumerate() {
         assert!(view.equals(&run.payload(block)), "block {block} came with other bytes than were committed");

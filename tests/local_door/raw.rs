@@ -122,6 +122,8 @@ pub struct Raw {
     pub shared_bytes: u64,
     /// The daemon says that this process could change shared memory.
     pub verify: bool,
+    /// Length of memory that it may bring.
+    pub brought_bytes: u64,
     /// Memory of its own, by name.
     pub own: HashMap<u32, Memory>,
     root: BlockKey,
@@ -147,7 +149,9 @@ impl Raw {
         let socket = Socket::connect(socket);
         socket.say(ToDaemon::Open { attachment, former }, &[Process::open_self().unwrap().as_fd()]);
         let opened = socket.hear().expect("the daemon lets in who has attached");
-        let (ToClient::Opened { shared_bytes, verify }, descriptors) = opened else { panic!("{:?}", opened.0) };
+        let (ToClient::Opened { shared_bytes, verify, brought_bytes }, descriptors) = opened else {
+            panic!("{:?}", opened.0)
+        };
         let [ring_file, doorbell, bell, shared_file] = <[OwnedFd; 4]>::try_from(descriptors).unwrap();
         Self {
             socket,
@@ -157,6 +161,7 @@ impl Raw {
             shared_file,
             shared_bytes,
             verify,
+            brought_bytes,
             own: HashMap::new(),
             root,
             block_bytes: attach.layout.block_bytes() as usize,
@@ -228,6 +233,18 @@ impl Raw {
         assert!((0..offer.bytes).step_by(4096).all(|page| memory.read(page, 64) == [0; 64]), "memory that was used");
         self.own.insert(offer.mapping, memory);
         self.socket.say(ToDaemon::Mapped(offer.mapping), &[]);
+    }
+
+    /// Answers an offer with a file of its own, or with none; why the daemon does not take it.
+    pub fn bring(&self, mapping: u32, file: Option<BorrowedFd<'_>>) -> Result<(), String> {
+        self.socket.say(ToDaemon::Bring(mapping), file.as_slice());
+        loop {
+            match self.socket.hear().unwrap() {
+                (ToClient::Taken(taken), _) if taken == mapping => return Ok(()),
+                (ToClient::NotTaken { mapping: refused, why }, _) if refused == mapping => return Err(why),
+                _ => {}
+            }
+        }
     }
 
     /// Asks for the file of a mapping.

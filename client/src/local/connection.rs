@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,6 +26,7 @@ use super::calls::Calls;
 use super::debts::Debts;
 use super::mapping::Mapping;
 use super::mappings::{Found, Mappings};
+use super::memory::Brought;
 use crate::deadline;
 
 /// Dropped, it leaves once everything is given back.
@@ -36,6 +37,9 @@ pub(super) struct Inner {
     pub(super) calls: Calls,
     pub(super) debts: Arc<Debts>,
     pub(super) mappings: Mappings,
+    pub(super) brought: Arc<Brought>,
+    /// Length of what may be brought; 0: nothing may.
+    pub(super) brought_bytes: u64,
     /// Every lease is to be verified: shared memory could be changed by clients here.
     pub(super) verify: bool,
     pub(super) socket: UnixStream,
@@ -77,6 +81,19 @@ impl Connection {
 
     pub(super) fn verifies_all(&self) -> bool {
         self.0.verify
+    }
+
+    pub(super) fn brought_bytes(&self) -> u64 {
+        self.0.brought_bytes
+    }
+
+    /// Asks whether the daemon still has what was brought: what it said when nobody listened is not said again.
+    pub(super) fn ask_after(&self, lent: &[u32]) {
+        for &mapping in lent {
+            if let Err(error) = self.0.say(ToDaemon::Fetch(mapping)) {
+                tracing::debug!(mapping, "memory that was brought is not asked after: {error}");
+            }
+        }
     }
 
     /// A file that is mapped already.
@@ -198,23 +215,52 @@ impl Inner {
             match message {
                 ToClient::Map { mapping, bytes, writable } => {
                     let file = descriptors.into_iter().next().ok_or_else(|| unexpected("memory without its file"))?;
-                    if writable { self.make(mapping, bytes, file)? } else { self.map(mapping, bytes, &file) }
+                    if writable { self.accept(mapping, bytes, file)? } else { self.map(mapping, bytes, &file) }
                 }
-                ToClient::Forget(mapping) => self.mappings.forget(mapping),
+                ToClient::Forget(mapping) => {
+                    self.mappings.forget(mapping);
+                    self.brought.forget(mapping);
+                }
+                ToClient::Taken(mapping) => drop(self.brought.taken(mapping)),
+                ToClient::NotTaken { mapping, why } => {
+                    tracing::warn!(mapping, "memory that was brought is not used, but the daemon's: {why}");
+                    self.mappings.forget(mapping);
+                    if let Some((file, bytes)) = self.brought.not_taken(mapping, why) {
+                        self.make(mapping, bytes, file)?;
+                    }
+                }
                 ToClient::Opened { .. } | ToClient::Refused(_) => return Err(unexpected("a second greeting")),
             }
         }
         Ok(())
     }
 
-    /// Maps what others write.
+    /// Maps what others write. What was brought here and is given back to be read is what is mapped already.
     fn map(&self, mapping: u32, bytes: u64, file: &OwnedFd) {
+        if let Some(memory) = self.brought.taken(mapping) {
+            return self.mappings.came(mapping, memory.mapping());
+        }
         match Mapping::to_read(file, bytes) {
             Ok(memory) => self.mappings.came(mapping, Arc::new(memory)),
             Err(error) => {
                 tracing::warn!(mapping, "memory of the store cannot be mapped ({error}); its blocks come over gRPC");
                 self.mappings.forget(mapping);
             }
+        }
+    }
+
+    /// Memory to be written here is offered: what was brought goes in its place, one file for each offer.
+    fn accept(self: &Arc<Self>, mapping: u32, bytes: u64, file: OwnedFd) -> io::Result<()> {
+        if self.brought_bytes == 0 {
+            return self.make(mapping, bytes, file);
+        }
+        match self.brought.lend(mapping, file, bytes) {
+            Ok(memory) => {
+                // Before the daemon hears of it: it may grant slots there before its answer is read.
+                self.mappings.came(mapping, memory.mapping());
+                self.say_with(ToDaemon::Bring(mapping), &[memory.file()])
+            }
+            Err(file) => self.make(mapping, bytes, file),
         }
     }
 
@@ -248,8 +294,12 @@ impl Inner {
 
     /// Says it at once or never: a daemon that reads nothing any more is not waited for.
     fn say(&self, said: ToDaemon) -> io::Result<()> {
+        self.say_with(said, &[])
+    }
+
+    fn say_with(&self, said: ToDaemon, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         let _one_at_a_time = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        descriptors::send(self.socket.as_fd(), &said.encode(), &[], Instant::now())
+        descriptors::send(self.socket.as_fd(), &said.encode(), files, Instant::now())
     }
 }
 

@@ -19,6 +19,7 @@ mod debts;
 mod get;
 mod mapping;
 mod mappings;
+mod memory;
 mod opening;
 mod put;
 mod spin;
@@ -35,6 +36,7 @@ use tokio::sync::watch;
 
 use self::connection::Connection;
 pub(crate) use self::get::{Came, Wanted};
+pub use self::memory::{BringError, MemoryState, OwnMemory};
 pub(crate) use self::opening::Estate;
 pub(crate) use self::view::LeasedBytes;
 use crate::failure::Failure;
@@ -83,6 +85,11 @@ impl Local {
             Reply::Purged { purged_blocks, busy_blocks } => Ok((purged_blocks, busy_blocks)),
             _ => Err(Failure::Gone),
         }
+    }
+
+    /// Length of memory that may be brought, in bytes; 0 where none may.
+    pub(crate) fn brought_bytes(&self) -> u64 {
+        self.connection.brought_bytes()
     }
 
     /// Becomes true when the daemon, or the way to it, is gone.

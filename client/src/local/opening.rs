@@ -21,6 +21,7 @@ use super::connection::{Connection, Inner};
 use super::debts::Debts;
 use super::mapping::Mapping;
 use super::mappings::Mappings;
+use super::memory::Brought;
 use crate::deadline;
 
 /// With `Opened`: ring, doorbell, bell, shared file.
@@ -30,6 +31,7 @@ const DESCRIPTORS: usize = 4;
 #[derive(Debug, Default)]
 pub(crate) struct Estate {
     debts: Arc<Debts>,
+    pub(crate) brought: Arc<Brought>,
     former: Mutex<Option<Former>>,
 }
 
@@ -93,10 +95,10 @@ fn greet(
     descriptors::send(socket.as_fd(), &open, &[Process::open_self()?.as_fd()], until)?;
     let mut message = [0; MESSAGE_BYTES];
     let came = descriptors::receive(socket.as_fd(), &mut message, DESCRIPTORS, until)?;
-    let (shared_bytes, verify) = match ToClient::decode(&message).map_err(greeting::invalid)? {
-        ToClient::Opened { shared_bytes, verify } => (shared_bytes, verify),
+    let (shared_bytes, verify, brought_bytes) = match ToClient::decode(&message).map_err(greeting::invalid)? {
+        ToClient::Opened { shared_bytes, verify, brought_bytes } => (shared_bytes, verify, brought_bytes),
         ToClient::Refused(why) => return Err(io::Error::new(io::ErrorKind::PermissionDenied, why)),
-        ToClient::Map { .. } | ToClient::Forget(_) => return Err(invalid("no greeting came first")),
+        _ => return Err(invalid("no greeting came first")),
     };
     let came = <[OwnedFd; DESCRIPTORS]>::try_from(came);
     let [ring, doorbell, bell, shared] = came.map_err(|_| invalid("descriptors of the greeting are missing"))?;
@@ -107,15 +109,17 @@ fn greet(
     let file = (stat.st_dev, stat.st_ino);
     let wake = Arc::new(EventFd::new()?);
     let debts = Arc::clone(&estate.debts);
-    let held = match &*before {
+    let brought = Arc::clone(&estate.brought);
+    let (held, lent) = match &*before {
         Some(former) if former.file == file => {
             mappings.inherit(&former.mappings);
-            Some(debts.begin(&wake))
+            (Some(debts.begin(&wake)), brought.begin())
         }
         // Its host memory is another: names of former memory mean nothing there.
         _ => {
             debts.begin_anew(&wake);
-            None
+            brought.begin_anew();
+            (None, Vec::new())
         }
     };
     let calls = Calls::new(attachment, ring, EventFd::from_fd(doorbell)?, Arc::clone(&wake), Arc::clone(&debts));
@@ -123,6 +127,8 @@ fn greet(
         calls,
         debts,
         mappings,
+        brought,
+        brought_bytes,
         verify,
         socket,
         bell,
@@ -131,6 +137,7 @@ fn greet(
         is_leaving: AtomicBool::new(false),
         over: watch::Sender::new(false),
     })?;
+    connection.ask_after(&lent);
     *before = Some(Former { attachment, file, mappings: connection.mappings().share() });
     Ok((connection, held))
 }

@@ -210,6 +210,18 @@ impl Links {
         }
     }
 
+    /// What is held in shared memory, over all links.
+    pub(super) fn estate(&self) -> &Estate {
+        &self.estate
+    }
+
+    /// Length of memory that may be brought now.
+    pub(super) fn brought_bytes(&self) -> Option<u64> {
+        let state = self.state.borrow();
+        let local = state.link.as_ref().and_then(|link| link.local.as_ref())?;
+        Some(local.brought_bytes()).filter(|bytes| *bytes > 0)
+    }
+
     /// The link, at once; or the news that there is none.
     pub(super) fn current(self: &Arc<Self>) -> Result<Arc<Link>, Failure> {
         let link = self.state.borrow().link.clone();

@@ -30,8 +30,8 @@ pub use self::connection::Target;
 use self::link::{Link, Links};
 use crate::failure::Failure;
 use crate::{
-    Attach, AttachError, BlockStore, GetEnd, Got, Lookup, Position, Prefetched, Purge, Purged, Put, PutOutcome, Terms,
-    Watch, deadline,
+    Attach, AttachError, BlockStore, BringError, GetEnd, Got, Lookup, OwnMemory, Position, Prefetched, Purge, Purged,
+    Put, PutOutcome, Terms, Watch, deadline,
 };
 
 /// Links that one call is tried over: the one in use, one that a worker gave which was about to end, and the next one's. More would
@@ -85,6 +85,23 @@ impl Remote {
     /// daemon, the door that it will be looked for at.
     pub fn door(&self) -> Doors {
         self.links.door()
+    }
+
+    /// Brings memory of the caller's own: blocks are put in place there instead of in memory that the daemon makes, as soon as it has
+    /// some made for this client, which is at a put that finds none. What is brought first is used first, a file for each segment.
+    ///
+    /// Nothing is lost by it: what the daemon does not take, it says why (in the [state](OwnMemory::state) of the memory, and in the
+    /// log), and its own memory is used; where there is no ring, memory waits for one. When no block lies there any more and none will,
+    /// the memory is the caller's own again, and may be brought again.
+    ///
+    /// Only where blocks lie changes: [`put`](BlockStore::put) copies its payloads there as it does otherwise.
+    pub fn bring(&self, memory: &OwnMemory) -> Result<(), BringError> {
+        self.links.estate().brought.add(memory)
+    }
+
+    /// Length in bytes that memory must have to be brought; `None` while blocks go over gRPC, and where the daemon takes none.
+    pub fn segment_bytes(&self) -> Option<u64> {
+        self.links.brought_bytes()
     }
 
     /// Leaves, and waits a moment (at most a second) until the daemon has heard of it, which a drop does not: what a drop starts ends

@@ -64,9 +64,16 @@ pub struct Script {
     pub babbles: bool,
     /// Close all rings; the sockets stay.
     pub closes: bool,
+    /// Offer memory to write; not before this is so.
+    pub offers: bool,
+    /// What becomes of memory that is brought.
+    pub bringing: Bringing,
+    /// Give up the memory to write, once.
+    pub forgets: bool,
     /// What was seen.
     pub opened: usize,
     pub mapped: usize,
+    pub brought: usize,
     pub left: usize,
     /// Of these, who held something.
     pub left_holding: usize,
@@ -77,6 +84,15 @@ pub struct Script {
     /// Leases and reservations that nobody has given back.
     pub held: HashMap<u64, Held>,
     pub next_hold: u64,
+}
+
+/// What becomes of memory that is brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bringing {
+    /// A daemon that does not know of it.
+    Unknown,
+    Taken,
+    NotTaken,
 }
 
 /// What is wrong with a leased block.
@@ -116,8 +132,12 @@ impl Default for Script {
             busy: 0,
             babbles: false,
             closes: false,
+            offers: true,
+            bringing: Bringing::Taken,
+            forgets: false,
             opened: 0,
             mapped: 0,
+            brought: 0,
             left: 0,
             left_holding: 0,
             asked: 0,
@@ -202,9 +222,9 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
         // Who is gone hears nothing.
         let _gone = descriptors::send(socket.as_fd(), &said.encode(), &fds, soon());
     };
-    let (refuses, verify, gives) = {
+    let (refuses, verify, gives, bringing) = {
         let script = script.lock().unwrap();
-        (script.refuses, script.verifies_all, script.ingest_bytes > 0)
+        (script.refuses, script.verifies_all, script.ingest_bytes > 0, script.bringing)
     };
     if refuses {
         return say(ToClient::Refused("no ring for you; use gRPC".into()), &[]);
@@ -215,23 +235,31 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     let doorbell_copy = doorbell.as_fd().try_clone_to_owned().unwrap();
     let own = Slots::file(OWN_BYTES);
     let shared = slots.lock().unwrap().shared.try_clone().unwrap();
-    let opened = ToClient::Opened { shared_bytes: FILE_BYTES, verify };
+    let brought_bytes = if bringing == Bringing::Unknown { 0 } else { OWN_BYTES };
+    let opened = ToClient::Opened { shared_bytes: FILE_BYTES, verify, brought_bytes };
     say(opened, &[&file, &doorbell_copy, &listener, &shared]);
     drop(listener);
     script.lock().unwrap().opened += 1;
-    if gives {
-        say(ToClient::Map { mapping: OWN_MAPPING, bytes: OWN_BYTES, writable: true }, &[&own]);
-    }
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let mut client = Client { node, script, slots, own, attachment, holds: HashSet::new(), is_mapped: false };
     let mut put_off: Vec<(Submission, Ticket, Vec<u8>)> = Vec::new();
     let (mut request, mut reply) = (Vec::new(), Vec::new());
     let (mut filled, mut is_awake, mut is_closed) = (0, true, false);
+    let (mut is_offered, mut files) = (false, Vec::new());
     while !is_over.load(Ordering::Relaxed) {
-        let (holds, babbles, closes) = {
-            let script = client.script.lock().unwrap();
-            (script.holds, script.babbles, script.closes)
+        let (holds, babbles, closes, offers, forgets) = {
+            let mut script = client.script.lock().unwrap();
+            let forgets = std::mem::take(&mut script.forgets);
+            (script.holds, script.babbles, script.closes, script.offers, forgets)
         };
+        if forgets {
+            client.is_mapped = false;
+            say(ToClient::Forget(OWN_MAPPING), &[]);
+        }
+        if gives && offers && !is_offered {
+            is_offered = true;
+            say(ToClient::Map { mapping: OWN_MAPPING, bytes: OWN_BYTES, writable: true }, &[&client.own]);
+        }
         // Who sleeps looks only when it was woken, or else a client that forgets to do so would not be noticed.
         while is_awake && let Some(taken) = ring.take(&mut request) {
             let taken = taken.unwrap();
@@ -269,9 +297,12 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
             is_awake = doorbell.clear().unwrap();
         }
         ring.woke();
-        match descriptors::try_receive(socket.as_fd(), &mut message[filled..], 0) {
+        match descriptors::try_receive(socket.as_fd(), &mut message[filled..], 1) {
             Ok(received) if received.bytes == 0 => break,
-            Ok(received) => filled += received.bytes,
+            Ok(received) => {
+                filled += received.bytes;
+                files.extend(received.descriptors);
+            }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(_) => break,
         }
@@ -283,6 +314,17 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
             ToDaemon::Mapped(OWN_MAPPING) => {
                 client.is_mapped = true;
                 client.script.lock().unwrap().mapped += 1;
+            }
+            ToDaemon::Bring(OWN_MAPPING) => {
+                client.script.lock().unwrap().brought += 1;
+                let file = files.pop().expect("memory that is brought comes with its file");
+                if bringing == Bringing::Taken {
+                    client.own = file;
+                    client.is_mapped = true;
+                    say(ToClient::Taken(OWN_MAPPING), &[]);
+                } else {
+                    say(ToClient::NotTaken { mapping: OWN_MAPPING, why: "not today".into() }, &[]);
+                }
             }
             ToDaemon::Fetch(THEIR_MAPPING) if client.script.lock().unwrap().gives_elsewhere => {
                 let theirs = client.slots.lock().unwrap().theirs.try_clone().unwrap();

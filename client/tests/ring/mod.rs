@@ -1,6 +1,7 @@
 //! The same through the ring of a local door.
 
 mod faults;
+mod memory;
 
 use std::time::Duration;
 

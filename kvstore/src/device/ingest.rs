@@ -1,6 +1,6 @@
 //! Ingest memory: a file that one client writes and the daemon only reads.
 //!
-//! Its maker is never trusted, its size is sealed. Once the client has mapped it the file is closed for writers: no further writable
+//! Made here, or brought by the client. Its maker is never trusted, its size is sealed. Once the client has mapped it the file is closed for writers: no further writable
 //! mapping of it can be made, by whatever way its descriptor is reopened or handed on, and no hole punched; the mapping that is there
 //! goes on being written to. That is also what makes it safe to read: its pages, once made, stay.
 
@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::SealFlags;
+use rustix::fs::{OFlags, SealFlags};
 
 use super::block::PAGE_BYTES;
 use super::memfd;
@@ -27,13 +27,55 @@ impl IngestFile {
         Ok(Self { file: memfd::create(c"tender-ingest", bytes, SealFlags::empty())?, bytes })
     }
 
-    /// Takes a file that the client made, or that a former process of the daemon's did, of `bytes` (whole pages).
+    /// Takes a file that a former process of the daemon's had, of `bytes` (whole pages).
     ///
     /// `InvalidInput`, with the cure, if it is anything else than a memfd of ordinary pages, of that size, sealed `SHRINK` and `GROW`.
     /// Seals that lack are added where its maker allows it.
     pub fn adopt(file: OwnedFd, bytes: u64) -> io::Result<Self> {
         memfd::check(file.as_fd(), bytes)?;
         Ok(Self { file, bytes })
+    }
+
+    /// Takes a file that a client brings: one that it made, has mapped for writing and has closed for writers, of `bytes` (whole pages).
+    ///
+    /// `InvalidInput`, with the cure, if it is anything else. Only looks, and asks the memory file system alone: whoever made the file
+    /// could hold a lock on it for seconds, and where clients are listened to nobody may wait for one of them. So seals that lack are
+    /// not added here.
+    pub fn bring(file: OwnedFd, bytes: u64) -> io::Result<Self> {
+        let refuse = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        let Ok(seals) = rustix::fs::fcntl_get_seals(&file) else {
+            return refuse("it is not a memfd: make it with memfd_create and MFD_ALLOW_SEALING".to_owned());
+        };
+        if seals.contains(SealFlags::WRITE) {
+            return refuse(
+                "F_SEAL_WRITE is on it, so no slot in it can be filled: map it for writing, and add F_SEAL_FUTURE_WRITE instead".to_owned(),
+            );
+        }
+        let wanted = [
+            (memfd::SIZE_SEALS, "its size can be changed", "F_SEAL_SHRINK and F_SEAL_GROW"),
+            (SealFlags::FUTURE_WRITE, "others could map it for writing", "F_SEAL_FUTURE_WRITE once you have mapped it"),
+        ];
+        if let Some((_, fault, cure)) = wanted.into_iter().find(|(wanted, ..)| !seals.contains(*wanted)) {
+            return refuse(format!("{fault}: make it with memfd_create and MFD_ALLOW_SEALING, and add {cure}"));
+        }
+        if rustix::fs::fcntl_getfl(&file)? & OFlags::ACCMODE != OFlags::RDWR {
+            return refuse(
+                "its descriptor is not for reading and writing, as that of your own memory is: send that one"
+                    .to_owned(),
+            );
+        }
+        let found = memfd::file_bytes(&rustix::fs::fstat(&file)?);
+        if found != bytes {
+            return refuse(format!(
+                "it has {found} bytes, but segments here have {bytes}: bring one file of that size for each"
+            ));
+        }
+        Self::adopt(file, bytes)
+    }
+
+    /// What tells it from all other files that there are now, for whoever compares two of them.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        memfd::identity(self.file.as_fd())
     }
 
     /// Size; never changes.

@@ -60,6 +60,12 @@ pub(super) fn check(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     }
 }
 
+/// Which file it is: device and number. Of two that are there at the same time they differ.
+pub(super) fn identity(file: BorrowedFd<'_>) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(file)?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
 /// Size of a file, in bytes.
 pub(super) fn file_bytes(stat: &Stat) -> u64 {
     u64::try_from(stat.st_size).unwrap_or(0)

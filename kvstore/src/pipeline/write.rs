@@ -486,8 +486,8 @@ impl Core {
             for node in self.index.in_host(from, to) {
                 self.drop_suspect(node);
                 if self.index.node(node).copy(Place::Disk).is_some() {
-                    // Of one that was found at the start its writing may have been cut short.
-                    if is_second || self.is_verified(node) || !self.is_loadable(node) {
+                    // Of one that was found at the start its writing may have been cut short; the next worker finds host memory's.
+                    if is_second || !self.stopping || self.is_verified(node) || !self.is_loadable(node) {
                         continue;
                     }
                     if checks < DRAIN_CHECKS && self.load(node, Lane::Prefetch, (id, None)).is_ok() {

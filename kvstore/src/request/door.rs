@@ -6,6 +6,8 @@
 //! connection   Greeting ──Open, pidfd──► Joining ──core: Joined──► Open        at its end nothing is lost but the way to tell things
 //! member       made when the core lets it in; ends when its pidfd says dead, or it says Leave: the core is told, once
 //! file         Make ──► offered to its writer (Map) ──Mapped──► sealed and mapped here (a thread of its own) ──► the core grants in it
+//!                            │    ▲    └──Bring──► another file, the client's own, is looked at ──Taken──┘
+//!                            │    └─────NotTaken───┘ and takes its place
 //!                            └─ Unmappable, no answer in time, gone ──► given up
 //! ```
 
@@ -71,6 +73,7 @@ impl Door {
             mapper,
             files,
             segment_bytes: arena.segment_bytes(),
+            has_ingest: arena.ingest_count() > 0,
             connections: HashMap::new(),
             joining: HashMap::new(),
             members: HashMap::new(),
@@ -129,6 +132,8 @@ struct Memory {
     file: Arc<IngestFile>,
     /// Until when the writer must have mapped it; `None` when it has.
     until: Option<Instant>,
+    /// Its writer may bring a file of its own instead; once, so that it cannot keep this thread busy.
+    may_bring: bool,
     /// Connections that were given it to read.
     readers: Vec<u64>,
 }
@@ -152,6 +157,8 @@ struct Doorman {
     /// Shared memory, by tenant.
     files: Arc<[SharedFile]>,
     segment_bytes: u64,
+    /// Whether there are places for memory that clients write.
+    has_ingest: bool,
     connections: HashMap<u64, Connection>,
     joining: HashMap<u64, Joining>,
     members: HashMap<AttachmentId, Watched>,
@@ -172,7 +179,7 @@ impl Doorman {
         }
         for KeptIngest { writer, segment, mapping, tenant, file } in before.ingest {
             let file = Arc::new(file);
-            let memory = Memory { mapping, tenant, writer, file, until: None, readers: Vec::new() };
+            let memory = Memory { mapping, tenant, writer, file, until: None, may_bring: false, readers: Vec::new() };
             self.memory.insert(segment, memory);
         }
         Ok(())
@@ -280,6 +287,10 @@ impl Doorman {
                 self.mapped(name, mapping);
                 Ok(())
             }
+            ToDaemon::Bring(mapping) => {
+                self.bring(name, mapping, descriptors);
+                Ok(())
+            }
             ToDaemon::Unmappable(mapping) => {
                 let offered =
                     self.memory.iter().find(|(_, memory)| memory.mapping == mapping && memory.until.is_some());
@@ -375,7 +386,8 @@ impl Doorman {
         let files = Arc::clone(&self.files);
         let file = &files[usize::from(tenant.0)];
         let [ring, doorbell, bell] = &descriptors;
-        let opened = ToClient::Opened { shared_bytes: file.bytes(), verify };
+        let brought_bytes = if self.has_ingest { self.segment_bytes } else { 0 };
+        let opened = ToClient::Opened { shared_bytes: file.bytes(), verify, brought_bytes };
         self.say(name, &opened, &[ring.as_fd(), doorbell.as_fd(), bell.as_fd(), file.read_only()]);
     }
 
@@ -418,8 +430,8 @@ impl Doorman {
         self.next_mapping += 1;
         let offer = ToClient::Map { mapping, bytes: self.segment_bytes, writable: true };
         let until = Some(Instant::now() + MAPPING);
-        let memory = Memory { mapping, tenant, writer, file: Arc::clone(&file), until, readers: Vec::new() };
-        self.memory.insert(segment, memory);
+        let (own, readers) = (Arc::clone(&file), Vec::new());
+        self.memory.insert(segment, Memory { mapping, tenant, writer, file: own, until, may_bring: true, readers });
         self.say(connection, &offer, &[file.descriptor()]);
         true
     }
@@ -429,10 +441,73 @@ impl Doorman {
         let Some(writer) = self.member_of(name) else { return };
         let offered = self.memory.iter_mut().find(|(_, memory)| memory.mapping == mapping && memory.writer == writer);
         let Some((&segment, memory)) = offered else { return };
-        if memory.until.take().is_some() && self.mapper.try_send((segment, mapping, Arc::clone(&memory.file))).is_err()
-        {
+        if memory.until.take().is_some() {
+            self.map(segment);
+        }
+    }
+
+    /// Has memory mapped here. The core hears of it then.
+    fn map(&mut self, segment: u32) {
+        let Some(Memory { mapping, file, .. }) = self.memory.get(&segment) else { return };
+        if self.mapper.try_send((segment, *mapping, Arc::clone(file))).is_err() {
             self.give_up(segment);
         }
+    }
+
+    /// A client answers an offer with memory of its own.
+    fn bring(&mut self, name: u64, mapping: u32, descriptors: Vec<OwnedFd>) {
+        let Some(writer) = self.member_of(name) else { return };
+        match self.take_brought(writer, mapping, descriptors) {
+            Ok(segment) => {
+                self.say(name, &ToClient::Taken(mapping), &[]);
+                self.map(segment);
+            }
+            Err(why) => {
+                tracing::debug!("memory that a client brings is not taken: {why}");
+                self.say(name, &ToClient::NotTaken { mapping, why }, &[]);
+            }
+        }
+    }
+
+    /// The file that came takes the place of the one that was offered; in which segment. It is trusted no more than that one: its writer,
+    /// and whoever else has mapped it, may write there for ever.
+    fn take_brought(&mut self, writer: AttachmentId, mapping: u32, descriptors: Vec<OwnedFd>) -> Result<u32, String> {
+        let offered = self.memory.iter_mut().find(|(_, memory)| {
+            memory.mapping == mapping && memory.writer == writer && memory.until.is_some() && memory.may_bring
+        });
+        let Some((&segment, memory)) = offered else {
+            return Err("no file is awaited under this name: bring one for each offer, as the answer to it".to_owned());
+        };
+        memory.may_bring = false;
+        let tenant = memory.tenant;
+        let [file] = <[OwnedFd; 1]>::try_from(descriptors)
+            .map_err(|descriptors| format!("{} descriptors came with it; send that of the file", descriptors.len()))?;
+        let file = IngestFile::bring(file, self.segment_bytes).map_err(|error| error.to_string())?;
+        // One file in two segments would be one slot under two names, and another's memory is not the client's to bring.
+        if self.is_in_use(&file).map_err(|error| error.to_string())? {
+            return Err(
+                "it is in use already, by this client or by another: bring a file of its own for each offer".to_owned()
+            );
+        }
+        self.keeper
+            .keep_ingest(writer, segment, mapping, tenant, &file)
+            .map_err(|error| format!("the daemon's keeper does not take it ({error})"))?;
+        if let Some(memory) = self.memory.get_mut(&segment) {
+            memory.file = Arc::new(file);
+            memory.until = None;
+        }
+        Ok(segment)
+    }
+
+    /// Whether blocks may lie in that very file already.
+    fn is_in_use(&self, file: &IngestFile) -> io::Result<bool> {
+        let identity = file.identity()?;
+        for memory in self.memory.values() {
+            if memory.file.identity()? == identity {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// A client wants to read what another one writes. Only of its own tenant: other blocks than the leased one lie there too.

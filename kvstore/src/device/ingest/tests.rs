@@ -100,7 +100,7 @@ fn nothing_is_read_before_it_is_closed_or_beyond_its_end() {
 }
 
 #[test]
-fn a_client_brings_a_file_of_its_own() {
+fn a_file_is_taken_over_from_whoever_made_it() {
     let sealed = raw_memfd(MemfdFlags::ALLOW_SEALING, BYTES);
     rustix::fs::fcntl_add_seals(&sealed, memfd::SIZE_SEALS).expect("sealed");
     let unsealed = raw_memfd(MemfdFlags::ALLOW_SEALING, BYTES);
@@ -148,6 +148,51 @@ fn a_file_that_could_harm_its_reader_is_refused_with_the_cure() {
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
         assert!(error.to_string().contains(telling), "{error} does not tell {telling:?}");
     }
+}
+
+#[test]
+fn what_a_client_brings_is_closed_already_and_is_only_looked_at() {
+    let brought = |flags, bytes, seals| {
+        let file = raw_memfd(flags | MemfdFlags::ALLOW_SEALING, bytes);
+        rustix::fs::fcntl_add_seals(&file, seals).expect("sealed");
+        file
+    };
+    let (plain, closed) = (MemfdFlags::empty(), memfd::SIZE_SEALS | SealFlags::FUTURE_WRITE);
+    let good = brought(plain, BYTES, closed | SealFlags::SEAL);
+    let file = IngestFile::bring(copy(good.as_fd()), BYTES).expect("what it should be");
+    file.map(0, BYTES as usize).expect("mapped for reading");
+    let other = IngestFile::bring(brought(plain, BYTES, closed), BYTES).expect("another");
+    assert_ne!(file.identity().expect("a file"), other.identity().expect("a file"));
+    assert_eq!(
+        file.identity().expect("a file"),
+        IngestFile::bring(reopen(good.as_fd()).into(), BYTES).expect("the same").identity().expect("a file")
+    );
+    let path = format!("/proc/self/fd/{}", good.as_raw_fd());
+    let read_only = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("a descriptor");
+    let mut cases = vec![
+        (File::open("/dev/null").expect("there is one").into(), "not a memfd"),
+        (brought(plain, BYTES, SealFlags::empty()), "its size can be changed"),
+        (brought(plain, BYTES, closed.difference(SealFlags::SHRINK)), "F_SEAL_SHRINK"),
+        (brought(plain, BYTES, closed.difference(SealFlags::GROW)), "F_SEAL_GROW"),
+        (brought(plain, BYTES, memfd::SIZE_SEALS), "F_SEAL_FUTURE_WRITE once"),
+        (brought(plain, BYTES, closed | SealFlags::WRITE), "F_SEAL_FUTURE_WRITE instead"),
+        (read_only, "for reading and writing"),
+        (brought(plain, BYTES - PAGE_BYTES, closed), "bring one file of that size"),
+        (brought(plain, BYTES + PAGE_BYTES, closed), "bring one file of that size"),
+    ];
+    let unsealed = copy(cases[1].0.as_fd());
+    if rustix::fs::memfd_create(c"client", MemfdFlags::HUGETLB).is_ok() {
+        cases.push((brought(MemfdFlags::HUGETLB, 2 << 20, closed), "bring one file of that size"));
+        let error = IngestFile::bring(brought(MemfdFlags::HUGETLB, 2 << 20, closed), 2 << 20).expect_err("huge pages");
+        assert!(error.to_string().contains("without MFD_HUGETLB"), "{error}");
+    }
+    for (fd, telling) in cases {
+        let error = IngestFile::bring(fd, BYTES).expect_err(telling);
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let told = error.to_string();
+        assert!(told.contains(telling) && told.len() < 220, "{told} ({} bytes) does not tell {telling:?}", told.len());
+    }
+    assert_eq!(rustix::fs::fcntl_get_seals(&unsealed).expect("a memfd"), SealFlags::empty(), "nothing is added");
 }
 
 #[test]
