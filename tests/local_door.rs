@@ -11,6 +11,8 @@ mod crowd;
 mod deaths;
 #[path = "local_door/greetings.rs"]
 mod greetings;
+#[path = "local_door/late_io.rs"]
+mod late_io;
 #[path = "local_door/leases.rs"]
 mod leases;
 #[path = "local_door/memory.rs"]
