@@ -112,6 +112,9 @@ impl Scratch {
 /// What begins the names of all such folders.
 const PREFIX: &str = "tender-";
 
+/// An empty file in each of them: nobody else's folder has it, whatever its name.
+const MARKER: &str = ".tender-scratch";
+
 /// A folder, or a socket, of a process that is gone.
 #[derive(Debug)]
 pub struct LeftBehind {
@@ -129,10 +132,10 @@ impl LeftBehind {
     /// Removes it.
     pub fn remove(&self) -> std::io::Result<()> {
         if self.path.symlink_metadata()?.is_dir() {
-            std::fs::remove_dir_all(&self.path)
-        } else {
-            std::fs::remove_file(&self.path)
+            return std::fs::remove_dir_all(&self.path);
         }
+        // A daemon may have come meanwhile.
+        if is_deserted(&self.path) { std::fs::remove_file(&self.path) } else { Ok(()) }
     }
 }
 
@@ -163,6 +166,7 @@ fn unused_folder(path: PathBuf) -> Option<LeftBehind> {
     if !found.is_dir() || found.uid() != rustix::process::geteuid().as_raw() {
         return None;
     }
+    path.join(MARKER).symlink_metadata().ok().filter(std::fs::Metadata::is_file)?;
     let lock = lock(&path).ok()?;
     let bytes = bytes_of(&path);
     Some(LeftBehind { path, what, bytes, _lock: Some(lock) })
@@ -196,15 +200,14 @@ fn locked_folder(place: &Path, prefix: &str) -> std::io::Result<(TempDir, File)>
     const TRIES: usize = 5;
     let prefix = format!("{PREFIX}{prefix}");
     let make = || tempfile::Builder::new().prefix(&prefix).tempdir_in(place);
-    for _ in 1..TRIES {
+    for _ in 0..TRIES {
         let folder = make()?;
         if let Ok(lock) = lock(folder.path()) {
+            File::create(folder.path().join(MARKER))?;
             return Ok((folder, lock));
         }
     }
-    let folder = make()?;
-    let lock = lock(folder.path())?;
-    Ok((folder, lock))
+    Err(std::io::ErrorKind::ResourceBusy.into())
 }
 
 fn usual_places() -> Vec<PathBuf> {

@@ -245,9 +245,11 @@ impl Attachments {
         self.attachments.get(&id).map(|(attachment, _)| attachment.group)
     }
 
-    /// How many write and read in place.
-    pub fn local_count(&self) -> usize {
-        self.local.values().sum()
+    /// Tenants with a process that writes and reads in place.
+    pub fn local_tenants(&self) -> usize {
+        let mut tenants: Vec<TenantId> = self.local.keys().map(|(tenant, _)| *tenant).collect();
+        tenants.dedup();
+        tenants.len()
     }
 
     /// All processes that write and read in place, in the order of their numbers.

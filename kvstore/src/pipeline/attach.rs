@@ -101,7 +101,8 @@ impl Core {
             return Reply::refused(RefusalKind::Contradiction, message);
         }
         let most = (limits::LOCALS_MAX / self.config.tenants.len()).max(1);
-        if self.attachments.local_processes(tenant) >= most {
+        let formers = former.map(|former| self.attachments.formers(attachment, former)).unwrap_or_default();
+        if self.attachments.local_processes(tenant) - formers.len() >= most {
             let message =
                 format!("this tenant has {most} processes at the local door, and no more fit; use gRPC meanwhile");
             return Reply::refused(RefusalKind::Busy, message);
@@ -115,7 +116,7 @@ impl Core {
             let message = "the records of local processes are full; end some, or use gRPC meanwhile";
             return Reply::refused(RefusalKind::Busy, message);
         }
-        for former in former.map(|former| self.attachments.formers(attachment, former)).unwrap_or_default() {
+        for former in formers {
             self.take_over(former, attachment);
         }
         Reply::Joined { tenant, group }

@@ -52,11 +52,13 @@ impl Core {
         let holder = Holder { door, ..under.holder };
         let mut wait = AcquireWait { holder, blocks: Vec::new(), end: None, loading: 0 };
         let mut used = Vec::new();
-        let mut bytes_left = bytes_max.min(self.lease_budget(holder, tenant));
+        let mut bytes_left = bytes_max;
         let block_bytes = under.layout.block_bytes();
         for key in &keys {
             let first = wait.blocks.is_empty() && !self.leased_bytes.contains_key(&holder.group);
-            if bytes_left < block_bytes && !first {
+            // What is loading is charged when it arrives.
+            let budget = bytes_left.min(self.lease_budget(holder, tenant));
+            if budget < block_bytes * (1 + wait.loading as u64) && !first {
                 break;
             }
             let Some(node) = self.index.find(under.namespace, key).filter(|&node| self.index.node(node).is_present())
@@ -147,6 +149,15 @@ impl Core {
         share.saturating_sub(self.leased_bytes.get(&holder.group).copied().unwrap_or(0))
     }
 
+    /// Whether a group may lease this block, which is in host memory, too.
+    fn is_within_lease_budget(&self, node: NodeId, holder: Holder) -> bool {
+        let Some(tenant) = self.attachments.peek(holder.attachment).map(|attachment| attachment.tenant) else {
+            return true;
+        };
+        let is_first = !self.leased_bytes.contains_key(&holder.group);
+        is_first || u64::from(self.block_bytes(node)) <= self.lease_budget(holder, tenant)
+    }
+
     pub(super) fn charge_lease(&mut self, holder: Holder, slot: SlotId) {
         if holder.door == Door::Ring {
             *self.leased_bytes.entry(holder.group).or_default() += u64::from(self.host.tier.slab.slot_bytes(slot));
@@ -169,9 +180,11 @@ impl Core {
         let first = self.index.node(node).copy(Place::Host).expect("a block is leased where it is");
         let layout = self.layout(node).expect("a block is leased under an attachment, which has a layout");
         let slots: Vec<_> = self.host.tier.slab.chain(first).collect();
-        if !self.grants.has_room(slots.len()) {
+        let tenant = self.tenant_of(first);
+        if !self.may_hold(tenant, slots.len()) {
             return None;
         }
+        self.held[tenant.0 as usize] += slots.len();
         let parts = slots.into_iter().map(|slot| {
             self.leased_slots += 1;
             self.read(Place::Host, slot);
@@ -256,7 +269,11 @@ impl Core {
     ) {
         let Some(Waiting::Acquire(AcquireWait { holder, .. })) = self.pending.get_mut(id) else { return };
         let holder = *holder;
-        let leased = arrived.and_then(|(node, found)| self.lease(node, found, holder).ok_or(AcquireEnd::Shed));
+        let leased = arrived.and_then(|(node, found)| {
+            // Others of the group may have taken what was left meanwhile.
+            let may_lease = self.is_within_lease_budget(node, holder);
+            may_lease.then(|| self.lease(node, found, holder)).flatten().ok_or(AcquireEnd::Shed)
+        });
         let block = leased.map_or_else(AcquireBlock::Failed, AcquireBlock::Leased);
         let Some(Waiting::Acquire(wait)) = self.pending.get_mut(id) else { return };
         wait.blocks[at] = block;

@@ -17,7 +17,7 @@ use super::room::NoSlot;
 use super::{Action, Actions, Core, Job};
 use crate::admission::grants::{Grant, Right};
 use crate::limits;
-use crate::names::{AttachmentId, By, Door, GroupId, Hold, NodeId, Place, RequestId, SlotId};
+use crate::names::{AttachmentId, By, Door, GroupId, Hold, NodeId, Place, RequestId, SlotId, TenantId};
 use crate::tier::host::records::SlotUse;
 use crate::tier::slab::{Owner, ShelfId, SlotState};
 use crate::transfer::lanes::Lane;
@@ -29,6 +29,11 @@ const DAEMON: GroupId = GroupId(0);
 
 /// A client that could not map memory to write to is not offered any for so long: it puts over gRPC meanwhile.
 const UNABLE_MS: u64 = 10_000;
+
+/// A segment that is emptied for another client, and is not empty after so long, stays with its own.
+const STUCK_MS: u64 = 1_000;
+/// For so long.
+const STUCK_PAUSE_MS: u64 = 10_000;
 
 /// Promotions looked at in one go when those before them find no room.
 const PROMOTION_STEPS: usize = 16;
@@ -68,6 +73,12 @@ pub(super) struct Ingest {
     unable: BTreeMap<AttachmentId, u64>,
     /// Ingest segments that nobody uses any more.
     dropped: Vec<u32>,
+    /// One that is drained for another client, and since when.
+    draining: Option<(u32, u64)>,
+    /// Those that did not come to be empty, and until when others are drained rather.
+    stuck: BTreeMap<u32, u64>,
+    /// Segments that a start found and does not understand: somebody may still use them.
+    unusable: BTreeSet<u32>,
 }
 
 impl Ingest {
@@ -102,30 +113,35 @@ impl Core {
         }
         let slab = &mut self.host.tier.slab;
         let shelf = slab.shelf(owner).ok_or(NoSlot::Room)?;
-        let has = segments_of(slab, owner.writer);
-        let may_grow = has < self.ingest_share();
+        let has = segments_of(slab, |other| other.writer == owner.writer);
+        let may_grow = has < self.ingest_share(owner.tenant);
         if may_grow || self.host.tier.slab.has_open(shelf) {
             if let Some(slot) = self.host.tier.reserve(shelf, node, holder, shard) {
                 return Ok(slot);
             }
             if let Some(writer) = owner.writer {
-                self.want_ingest_segment(writer);
+                self.want_ingest_segment(owner.tenant, writer);
             }
         }
         self.host.tier.slab.give_up(shelf);
         Err(NoSlot::Room)
     }
 
-    /// Ingest segments that one client may have: an equal part, and one at least.
-    fn ingest_share(&self) -> usize {
+    /// Ingest segments that the clients of one tenant may have together when all want some.
+    fn ingest_part(&self) -> usize {
         let all = self.host.tier.slab.ingest_segments().len();
-        (all / self.attachments.local_count().max(1)).max(1)
+        (all / self.attachments.local_tenants().max(1)).max(1)
     }
 
-    /// Has an ingest segment made for a client, or, when there are as many as may be, takes one from a client that has none of its
-    /// blocks there, or more segments than its part.
-    fn want_ingest_segment(&mut self, writer: AttachmentId) {
-        let share = self.ingest_share();
+    /// Of these, what one client may have: an equal part, and one at least.
+    fn ingest_share(&self, tenant: TenantId) -> usize {
+        (self.ingest_part() / self.attachments.local_processes(tenant).max(1)).max(1)
+    }
+
+    /// Has an ingest segment made for a client, or, when there are as many as may be, takes one that is not used, or from a client that
+    /// has more than its part, or from a tenant that has more than its part when this one has less.
+    fn want_ingest_segment(&mut self, tenant: TenantId, writer: AttachmentId) {
+        let part = self.ingest_part();
         let slab = &self.host.tier.slab;
         let ingest = &mut self.ingest;
         ingest.unable.retain(|_, until_ms| *until_ms > self.now_ms);
@@ -133,24 +149,71 @@ impl Core {
             return;
         }
         let absent = |segment: &u32| slab.is_retired(*segment) && !ingest.coming.contains_key(segment);
-        if let Some(segment) =
-            slab.ingest_segments().find(|segment| absent(segment) && !ingest.dropped.contains(segment))
-        {
+        let may_be_made = |segment: &u32| !ingest.dropped.contains(segment) && !ingest.unusable.contains(segment);
+        if let Some(segment) = slab.ingest_segments().find(|segment| absent(segment) && may_be_made(segment)) {
             ingest.coming.insert(segment, writer);
             return ingest.to_make.push((segment, writer));
         }
-        if slab.ingest_segments().any(|segment| slab.is_draining(segment)) {
+        if self.is_draining_ingest() {
             return;
         }
+        if let Some(segment) = self.host.tier.slab.retire_free_of_another(writer) {
+            return self.segment_retired(Place::Host, segment);
+        }
+        let slab = &self.host.tier.slab;
         let owned = slab.shelves().filter(|(shelf, owner)| owner.writer.is_some() && slab.shelf_size(*shelf).0 > 0);
         let shelves: Vec<(ShelfId, Owner, u64)> =
             owned.map(|(shelf, owner)| (shelf, owner, slab.shelf_size(shelf).1)).collect();
-        let idle = shelves.iter().find(|(.., used)| *used == 0);
-        let rich = || shelves.iter().find(|(_, owner, _)| segments_of(slab, owner.writer) > share);
-        let Some(&(donor, ..)) = idle.or_else(rich) else { return };
-        if let Some((segment, true)) = self.host.tier.slab.drain_emptiest(donor, |_| true) {
-            self.segment_retired(Place::Host, segment);
+        let is_idle = |(.., used): &&(ShelfId, Owner, u64)| *used == 0;
+        let is_rich = |(_, owner, _): &&(ShelfId, Owner, u64)| {
+            segments_of(slab, |other| other.writer == owner.writer) > self.ingest_share(owner.tenant)
+        };
+        let of_tenant = |tenant| segments_of(slab, |other| other.writer.is_some() && other.tenant == tenant);
+        let is_poor = of_tenant(tenant) < part;
+        let is_of_rich = |(_, owner, _): &&(ShelfId, Owner, u64)| is_poor && of_tenant(owner.tenant) > part;
+        let donors = shelves.iter().filter(is_idle).chain(shelves.iter().filter(is_rich));
+        let donors =
+            donors.chain(shelves.iter().filter(is_of_rich)).filter(|(_, owner, _)| owner.writer != Some(writer));
+        let donors: Vec<ShelfId> = donors.map(|(shelf, ..)| *shelf).collect();
+        let now_ms = self.now_ms;
+        self.ingest.stuck.retain(|_, until_ms| *until_ms > now_ms);
+        for donor in donors {
+            let stuck = &self.ingest.stuck;
+            // One whose segments all drain already cannot give.
+            let drained = self.host.tier.slab.drain_emptiest(donor, |segment| !stuck.contains_key(&segment));
+            let Some((segment, is_empty)) = drained else { continue };
+            if is_empty {
+                self.segment_retired(Place::Host, segment);
+            } else {
+                self.ingest.draining = Some((segment, self.now_ms));
+            }
+            return;
         }
+    }
+
+    /// Whether a segment is being emptied for another client. One that does not come to be empty stays where it is after a while: somebody
+    /// fills it, or reads there.
+    fn is_draining_ingest(&mut self) -> bool {
+        let Some((segment, since_ms)) = self.ingest.draining else { return false };
+        let slab = &mut self.host.tier.slab;
+        if slab.is_draining(segment) && self.now_ms < since_ms + STUCK_MS {
+            return true;
+        }
+        self.ingest.draining = None;
+        if slab.is_draining(segment) {
+            let owner = slab.owner(slab.shelf_of(SlotId::new(segment, 0)));
+            // Of a client that is gone it drains for good.
+            if owner.writer.is_some_and(|writer| self.attachments.is_local(writer)) {
+                self.host.tier.slab.undrain(segment);
+                self.ingest.stuck.insert(segment, self.now_ms + STUCK_PAUSE_MS);
+            }
+        }
+        false
+    }
+
+    /// What a start found of a segment cannot be understood: it is not used until host memory is made anew.
+    pub(super) fn leave_out_of_use(&mut self, segment: u32) {
+        self.ingest.unusable.insert(segment);
     }
 
     /// An ingest segment was made and its client has mapped it, or that failed.
@@ -247,10 +310,10 @@ impl Core {
             }
         }
         self.ingest.is_blocked |= !skipped.is_empty();
-        for node in skipped.into_iter().rev() {
-            // Making room for one may have cost another, or the block itself.
+        for node in skipped {
+            // Making room for one may have cost another, or the block itself. Behind the others: those may find room.
             if self.ingest.promotions.contains_key(&node) {
-                self.ingest.queue.push_front(node);
+                self.ingest.queue.push_back(node);
             }
         }
     }
@@ -486,7 +549,10 @@ impl Core {
     }
 }
 
-fn segments_of(slab: &crate::tier::slab::Slab, writer: Option<AttachmentId>) -> usize {
-    let own = slab.shelves().filter(|(_, owner)| owner.writer == writer);
+fn segments_of(slab: &crate::tier::slab::Slab, is_one: impl Fn(&Owner) -> bool) -> usize {
+    let own = slab.shelves().filter(|(_, owner)| is_one(owner));
     own.map(|(shelf, _)| slab.shelf_size(shelf).0).sum()
 }
+
+#[cfg(test)]
+mod tests;

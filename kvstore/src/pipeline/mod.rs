@@ -91,7 +91,7 @@ pub enum Action {
     PrepareSegment {
         /// Which.
         segment: u32,
-        /// Whose it will be; of an ingest segment, whose client waits for it.
+        /// Whose it will be.
         tenant: TenantId,
         /// It was used before.
         used: bool,
@@ -203,6 +203,8 @@ pub struct Core {
     now_ms: u64,
     attachments: Attachments,
     grants: Grants,
+    /// How many of them are of slots of each tenant.
+    held: Vec<usize>,
     worth: Worth,
     index: Index,
     host: HostTier,
@@ -261,6 +263,7 @@ impl Core {
             now_ms: 0,
             attachments: Attachments::new(config.tenants.len()),
             grants: Grants::default(),
+            held: vec![0; config.tenants.len()],
             worth: Worth::new(config.write_bytes_per_day),
             index: Index::new(config.tenants.len(), config.seed),
             host,

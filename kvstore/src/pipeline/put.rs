@@ -134,7 +134,7 @@ impl Core {
             return ReserveOutcome::NoRoom;
         }
         let place = (shard.index as u8, shard.count as u8);
-        let granted = match self.grants.has_room(1) {
+        let granted = match self.may_hold(owner.tenant, 1) {
             true if owner.writer.is_some() => self.allocate_ingest(owner, node, under.holder.group, place),
             true => self.allocate(Place::Host, owner, node, under.holder.group, place),
             false => Err(NoSlot::Room),
@@ -148,6 +148,7 @@ impl Core {
                 self.index.set_filling(node, slot);
                 let grant = Grant { slot, right: Right::Reservation, holder: under.holder };
                 let hold = self.grants.grant(grant).expect("there is room for one");
+                self.held[owner.tenant.0 as usize] += 1;
                 self.record_grant(hold, grant);
                 ReserveOutcome::Granted { hold, extent: self.host.extent(slot) }
             }
@@ -176,7 +177,9 @@ impl Core {
         };
         let record = *self.host.tier.slab.slot(slot);
         let payload_bytes = under.layout.shard_bytes(record.shard_count.into()) as usize;
-        if record.doomed || filled.sums.len() != sum::fragment_count(payload_bytes) {
+        // A group may have members under several namespaces, whose blocks have other sizes and seeds.
+        let is_theirs = !record.doomed && self.index.node(record.node).namespace == under.namespace;
+        if !is_theirs || filled.sums.len() != sum::fragment_count(payload_bytes) {
             self.abort(by, &[filled.hold]);
             return CommitOutcome::Gone;
         }

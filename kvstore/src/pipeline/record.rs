@@ -8,7 +8,8 @@
 
 use super::Core;
 use crate::admission::grants::{Grant, Right};
-use crate::names::{AttachmentId, By, Door, Hold, NodeId, Place, SlotId};
+use crate::limits;
+use crate::names::{AttachmentId, By, Door, Hold, NodeId, Place, SlotId, TenantId};
 use crate::tier::disk::format;
 use crate::tier::host::records::{AttachmentRecord, GrantRecord, SegmentRecord, SlotRecord, SlotUse};
 use crate::tier::slab::SlotState;
@@ -144,6 +145,18 @@ impl Core {
         }
     }
 
+    /// Whether a tenant may have so many holds more: each has its part of them.
+    pub(super) fn may_hold(&self, tenant: TenantId, count: usize) -> bool {
+        let part = limits::GRANTS_MAX / self.config.tenants.len().max(1);
+        self.held[tenant.0 as usize] + count <= part && self.grants.has_room(count)
+    }
+
+    /// Whose block lies in a slot of host memory.
+    pub(super) fn tenant_of(&self, slot: SlotId) -> TenantId {
+        let slab = &self.host.tier.slab;
+        slab.owner(slab.shelf_of(slot)).tenant
+    }
+
     /// A hold was granted. Only those in place outlive the worker: of the others nobody outside of it knows the names.
     pub(super) fn record_grant(&mut self, hold: Hold, grant: Grant) {
         let Some(records) = self.host.records.as_mut().filter(|_| grant.holder.door == Door::Ring) else { return };
@@ -161,6 +174,8 @@ impl Core {
     /// Ends a hold. `None` if it was ended before, or is not theirs.
     pub(super) fn end_grant(&mut self, hold: Hold, right: Right, by: By) -> Option<Grant> {
         let grant = self.grants.end(hold, right, by)?;
+        let tenant = self.tenant_of(grant.slot);
+        self.held[tenant.0 as usize] -= 1;
         if let Some(records) = self.host.records.as_mut().filter(|_| grant.holder.door == Door::Ring) {
             records.end_grant(hold);
         }

@@ -153,6 +153,9 @@ impl Core {
             }
         }
         assert_eq!(leased, self.leased_bytes, "what is leased in place is charged to its group");
+        let mut held = vec![0; self.config.tenants.len()];
+        self.grants.all().for_each(|(_, grant)| held[self.tenant_of(grant.slot).0 as usize] += 1);
+        assert_eq!(held, self.held, "what is held is counted per tenant");
         self.check_records();
         self.index.check(|place, slot| self.slab(place).shelf_of(slot));
         for place in [Place::Host, Place::Disk] {

@@ -148,16 +148,25 @@ impl Core {
                     let writer = (segment >= shared).then_some(writer);
                     match self.take_segment_back(segment, tenant, slot_bytes, writer) {
                         Ok(()) => owned.push(segment),
-                        Err(warning) => warnings.push(warning),
+                        Err(warning) => {
+                            self.leave_out_of_use(segment);
+                            warnings.push(warning);
+                        }
                     }
                 }
+                Err(_) => {
+                    self.leave_out_of_use(segment);
+                    warnings.push(format!(
+                        "the record of segment {segment} of host memory is damaged; it is not used until host memory is made anew"
+                    ));
+                }
                 // Its memory may still be there.
-                Ok(SegmentRecord::Dirty | SegmentRecord::Ready) | Err(_) if segment >= shared => {
+                Ok(SegmentRecord::Dirty | SegmentRecord::Ready) if segment >= shared => {
                     self.ingest_segment_retired(segment);
                 }
                 Ok(SegmentRecord::Unused) if segment >= shared => {}
                 Ok(SegmentRecord::Unused | SegmentRecord::Ready) => self.preparation.deal_out(segment, tenants, false),
-                Ok(SegmentRecord::Dirty) | Err(_) => self.preparation.deal_out(segment, tenants, true),
+                Ok(SegmentRecord::Dirty) => self.preparation.deal_out(segment, tenants, true),
             }
         }
         owned
@@ -287,6 +296,8 @@ impl Core {
         let holder = Holder { group, attachment, door: Door::Ring };
         let right = if is_reservation { Right::Reservation } else { Right::Lease };
         self.grants.restore(hold, Some(Grant { slot, right, holder }));
+        let tenant = self.tenant_of(slot);
+        self.held[tenant.0 as usize] += 1;
         match right {
             Right::Reservation => self.reserved_slots += 1,
             Right::Lease => {
@@ -434,6 +445,9 @@ impl Core {
         }
         if is_left {
             self.give_up_segments(former, false);
+        }
+        for segment in self.host.tier.slab.retire_free_of(former) {
+            self.segment_retired(Place::Host, segment);
         }
         // Also what it had confirmed, or was granted since: it says anew what it holds.
         self.limbo.unconfirmed.remove(&former);

@@ -314,6 +314,14 @@ impl Slab {
         own
     }
 
+    /// Takes back one that another client than this one has mapped and does not use.
+    pub fn retire_free_of_another(&mut self, writer: AttachmentId) -> Option<u32> {
+        let at = self.free_ingest.iter().position(|(_, owner)| *owner != writer)?;
+        let (segment, _) = self.free_ingest.remove(at);
+        self.segments[segment as usize].state = SegmentState::Retired;
+        Some(segment)
+    }
+
     /// The tenant for whom a segment was prepared last.
     pub fn tenant(&self, segment: u32) -> Option<TenantId> {
         self.segments[segment as usize].tenant

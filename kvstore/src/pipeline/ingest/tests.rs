@@ -1,0 +1,188 @@
+//! Who may write in place, and how much of what there is.
+
+use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt, sum};
+
+use super::*;
+use crate::pipeline::{CoreConfig, Event, TenantConfig};
+use crate::verb::{AttachVerb, CommitOutcome, Filled, RefusalKind, Reply, Request, ReserveOutcome, Verb};
+
+const SEGMENT_BYTES: u64 = 4 << 20;
+const SMALL: u64 = 16 << 10;
+const LARGE: u64 = 1 << 20;
+
+/// A core without a disk, whose clients map at once what is made for them.
+struct Site {
+    core: Core,
+    now_ms: u64,
+    requests: u64,
+    attachments: u64,
+    replies: BTreeMap<RequestId, Reply>,
+}
+
+/// A process under a namespace.
+#[derive(Clone, Copy)]
+struct Process {
+    tenant: TenantId,
+    id: AttachmentId,
+    root: BlockKey,
+}
+
+impl Site {
+    fn new(tenant_count: u32, ingest_segment_count: u32) -> Self {
+        let tenant = |number: u32| {
+            let name = number.to_string();
+            let salt = TenantSalt::of_tenant(b"", &name);
+            TenantConfig { name, salt, host_quota_bytes: None, disk_quota_bytes: None }
+        };
+        let core = Core::new(CoreConfig {
+            tenants: (0..tenant_count).map(tenant).collect(),
+            host_segment_bytes: SEGMENT_BYTES,
+            host_segment_count: 4,
+            ingest_segment_count,
+            disk: None,
+            write_bytes_per_day: None,
+            allow_public: false,
+            seed: 1,
+        });
+        let mut site = Self { core, now_ms: 0, requests: 0, attachments: 0, replies: BTreeMap::new() };
+        site.step(Event::Tick);
+        site
+    }
+
+    fn step(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.core.step(event, self.now_ms, &mut actions);
+        for action in actions {
+            match action {
+                Action::Reply(id, reply) => _ = self.replies.insert(id, reply),
+                Action::PrepareSegment { segment, .. } => self.step(Event::SegmentReady(segment)),
+                Action::MakeIngest { segment, .. } => self.step(Event::IngestMade { segment, made: true }),
+                _ => {}
+            }
+        }
+        self.core.check();
+    }
+
+    fn ask(&mut self, tenant: TenantId, verb: Verb) -> Option<Reply> {
+        self.requests += 1;
+        let id = RequestId(self.requests);
+        self.step(Event::Request(Request { id, tenant, deadline_ms: self.now_ms, verb }));
+        self.replies.remove(&id)
+    }
+
+    fn attach(&mut self, tenant: u16, group: &str, adapter: &str, block_bytes: u64) -> Process {
+        self.attachments += 1;
+        let (tenant, attachment) = (TenantId(tenant), AttachmentId(self.attachments));
+        let mut namespace = Namespace::text("model", "bf16", 16);
+        namespace.adapter = adapter.to_owned();
+        let attach = AttachVerb {
+            attachment,
+            group: group.to_owned(),
+            member: String::new(),
+            namespace,
+            layout: BlockLayout::opaque(block_bytes),
+            expected_root: None,
+        };
+        let reply = self.ask(tenant, Verb::Attach(Box::new(attach)));
+        let Some(Reply::Attached(attached)) = reply else { panic!("not attached: {reply:?}") };
+        Process { tenant, id: attachment, root: attached.root }
+    }
+
+    fn join(&mut self, process: Process, former: Option<Process>) -> Reply {
+        let former = former.map(|former| former.id);
+        self.ask(process.tenant, Verb::Join { attachment: process.id, former }).expect("answered at once")
+    }
+
+    /// A process of a group of its own that writes in place.
+    fn local(&mut self, tenant: u16) -> Process {
+        let process = self.attach(tenant, &format!("group-{}", self.attachments), "", SMALL);
+        assert!(matches!(self.join(process, None), Reply::Joined { .. }));
+        process
+    }
+
+    /// A block that nobody has reserved yet.
+    fn reserve(&mut self, Process { tenant, id, root }: Process, door: Door) -> ReserveOutcome {
+        let keys = vec![root.child(&[self.requests as u32; 16], &[])];
+        let (shard, bytes_max) = (Shard::WHOLE, u64::MAX);
+        let verb = Verb::Reserve { attachment: id, parent: root, keys, shard, bytes_max, door };
+        match self.ask(tenant, verb) {
+            Some(Reply::Reserved(outcomes)) => outcomes[0],
+            reply => panic!("no reservation: {reply:?}"),
+        }
+    }
+
+    /// Reserves in place, asking again as a client does.
+    fn write(&mut self, process: Process) -> Option<Hold> {
+        for _ in 0..20 {
+            if let ReserveOutcome::Granted { hold, .. } = self.reserve(process, Door::Ring) {
+                return Some(hold);
+            }
+            self.pass(20);
+        }
+        None
+    }
+
+    fn pass(&mut self, time_ms: u64) {
+        self.now_ms += time_ms;
+        self.step(Event::Tick);
+    }
+}
+
+#[test]
+fn a_block_is_committed_under_its_own_namespace_alone() {
+    let mut site = Site::new(1, 2);
+    let small = site.attach(0, "engine", "", SMALL);
+    let large = site.attach(0, "engine", "adapter", LARGE);
+    let ReserveOutcome::Granted { hold, .. } = site.reserve(small, Door::Stream) else { panic!("there is room") };
+    let sums = vec![0; sum::fragment_count(LARGE as usize)];
+    let commit = |process: Process, sums| Verb::Commit(process.id, vec![Filled { hold, sums }]);
+    let reply = site.ask(TenantId(0), commit(large, sums));
+    assert!(matches!(reply, Some(Reply::Committed(outcomes)) if outcomes == [CommitOutcome::Gone]));
+    let ReserveOutcome::Granted { hold, .. } = site.reserve(small, Door::Stream) else { panic!("it was ended") };
+    let sums = vec![0; sum::fragment_count(SMALL as usize)];
+    let reply = site.ask(TenantId(0), Verb::Commit(small.id, vec![Filled { hold, sums }]));
+    assert!(matches!(reply, Some(Reply::Committed(outcomes)) if outcomes == [CommitOutcome::Stored]));
+}
+
+#[test]
+fn a_process_comes_back_to_its_place_when_all_places_are_taken() {
+    let mut site = Site::new(64, 2);
+    let places: Vec<Process> = (0..limits::LOCALS_MAX / 64).map(|_| site.local(0)).collect();
+    let one_more = site.attach(0, "group-0", "", SMALL);
+    assert!(matches!(site.join(one_more, None), Reply::Refused(refusal) if refusal.kind == RefusalKind::Busy));
+    assert!(matches!(site.join(one_more, Some(places[0])), Reply::Joined { .. }));
+}
+
+#[test]
+fn a_tenant_that_comes_late_gets_its_part_of_the_memory_to_write_to() {
+    let mut site = Site::new(2, 4);
+    let many: Vec<Process> = (0..6).map(|_| site.local(0)).collect();
+    let mut writing: Vec<(Process, Hold)> =
+        many.iter().filter_map(|&process| Some((process, site.write(process)?))).collect();
+    assert_eq!(writing.len(), 4, "each of them has a segment");
+    let late = site.local(1);
+    // The first keeps what it has, and may hold up nobody for long; the others end one block when they have begun the next.
+    for _ in 0..20 {
+        if site.write(late).is_some() {
+            return;
+        }
+        for (process, hold) in &mut writing[1..] {
+            if let ReserveOutcome::Granted { hold: next, .. } = site.reserve(*process, Door::Ring) {
+                site.ask(process.tenant, Verb::Abort(By::Daemon, vec![*hold]));
+                *hold = next;
+            } else {
+                // Its segment takes no more: it goes when it has come to the end of what it has there.
+                site.ask(process.tenant, Verb::Abort(By::Daemon, vec![*hold]));
+            }
+        }
+    }
+    panic!("a tenant was left without memory to write to");
+}
+
+#[test]
+fn memory_that_was_made_for_who_did_not_wait_for_it_is_given_to_others() {
+    let mut site = Site::new(1, 1);
+    let (hasty, other) = (site.local(0), site.local(0));
+    assert_eq!(site.reserve(hasty, Door::Ring), ReserveOutcome::NoRoom);
+    assert!(site.write(other).is_some(), "it lies ready for nobody");
+}
