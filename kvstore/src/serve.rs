@@ -1,6 +1,7 @@
 //! A worker, from configuration to the last flush: what was recovered, which threads run, when it stops.
 
 mod disks;
+mod members;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,6 +13,7 @@ use tender_proto::TenantSalt;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{oneshot, watch};
 
+use self::members::{Recorded, Survey};
 use crate::clock::Clock;
 use crate::config::{Config, Geometry};
 use crate::device::block::file::OpenError;
@@ -21,7 +23,7 @@ use crate::device::shared::SharedFile;
 use crate::doctor::{Finding, Verdict};
 use crate::driver::{Driver, Found, Input};
 use crate::keeper::{Handed, Keeper, KeptIngest, Sockets, records_of};
-use crate::names::{AttachmentId, TenantId};
+use crate::names::TenantId;
 use crate::pipeline::{Core, CoreConfig, DiskConfig, TenantConfig};
 use crate::request::door::{Before, Door};
 use crate::request::identity::{Identities, TokenError};
@@ -223,12 +225,17 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     }
     let ingest = take_memory_back(&core, &arena, &keeper, ingest).map_err(StartError::Keeper)?;
     let recovered = core.counters().recovered_blocks;
-    // It had been let in, and died before anybody was to watch it: it was granted nothing.
-    let unwatched: Vec<AttachmentId> = core
-        .local_processes()
-        .into_iter()
-        .filter(|local| members.iter().all(|member| member.attachment != *local))
-        .collect();
+    let recorded = core.local_processes().into_iter().filter_map(|attachment| {
+        let (tenant, former) = core.local_process(attachment)?;
+        Some(Recorded { attachment, tenant, former })
+    });
+    let recorded: Vec<Recorded> = recorded.collect();
+    let Survey { members, renamed, forgotten, unwatched } =
+        members::survey(&recorded, members).map_err(StartError::System)?;
+    let kept_anew = members.iter().filter(|member| renamed.contains(&member.attachment));
+    let mut kept_anew = kept_anew.map(|member| keeper.keep_member(member.attachment, member.tenant, &member.process));
+    kept_anew.try_for_each(|kept| kept).map_err(StartError::Keeper)?;
+    forgotten.into_iter().try_for_each(|name| keeper.forget_member(name)).map_err(StartError::Keeper)?;
     let driver = Driver::new(core, config.tenants.len(), &arena, found.devices, clock);
     let (mut driver, handle) = driver.map_err(StartError::System)?;
     for memory in &ingest {

@@ -84,12 +84,20 @@ impl Locals {
         self.mappings.name(segment, mapping);
     }
 
-    /// One more process.
-    pub fn open(&mut self, local: Local, sleeper: &Sleeper) -> std::io::Result<()> {
-        sleeper.listen(local.doorbell.as_fd(), local.member.attachment.0)?;
+    /// Listens to the doorbell of a process that may be let in: [`Self::open`] or [`Self::ignore`] is next.
+    pub fn listen(local: &Local, sleeper: &Sleeper) -> std::io::Result<()> {
+        sleeper.listen(local.doorbell.as_fd(), local.member.attachment.0)
+    }
+
+    /// Does not, since it is not let in.
+    pub fn ignore(local: &Local, sleeper: &Sleeper) {
+        sleeper.ignore(local.doorbell.as_fd());
+    }
+
+    /// One more process, whose doorbell is listened to.
+    pub fn open(&mut self, local: Local) {
         self.order.push(local.member.attachment);
         self.by_name.insert(local.member.attachment, local);
-        Ok(())
     }
 
     /// A process is gone, or has left.

@@ -484,6 +484,12 @@ impl Driver {
                 Event::IngestMade { segment, made: mapping.is_some() }
             }
             Input::Join(connection, former, local) => {
+                // Before the core knows of it: afterwards it may hold what its former attachment held, and nothing may fail any more.
+                if let Err(error) = Locals::listen(&local, &self.sleeper) {
+                    let why = format!("the daemon cannot listen to one more client ({error}); use gRPC meanwhile");
+                    self.tell_door(DoorCommand::Joined(connection, Err(why)));
+                    return None;
+                }
                 // Its old ring, if it has one still, is used no more.
                 if let Some(former) = former {
                     self.locals.close(former, &self.sleeper);
@@ -585,20 +591,16 @@ impl Driver {
 
     /// The core has let a process in, or not: its connection is told.
     fn joined(&mut self, connection: u64, mut local: Local, reply: Reply) {
-        let attachment = local.member.attachment;
         let answer = match reply {
             Reply::Joined { tenant, group } => {
                 (local.member.tenant, local.member.group) = (tenant, group);
-                match self.locals.open(local, &self.sleeper) {
-                    Ok(()) => Ok(tenant),
-                    Err(error) => {
-                        // As if it had died: nothing is granted yet.
-                        let _ = self.sender.try_send(Input::Gone(attachment));
-                        Err(format!("the daemon cannot listen to one more client ({error}); use gRPC meanwhile"))
-                    }
-                }
+                self.locals.open(local);
+                Ok(tenant)
             }
-            Reply::Refused(refusal) => Err(refusal.message),
+            Reply::Refused(refusal) => {
+                Locals::ignore(&local, &self.sleeper);
+                Err(refusal.message)
+            }
             _ => unreachable!("a join is answered with its own reply"),
         };
         self.tell_door(DoorCommand::Joined(connection, answer));

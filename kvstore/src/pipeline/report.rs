@@ -97,6 +97,12 @@ impl Core {
         }
     }
 
+    /// Whose a process at the local door is, and which one from before a restart it was, if it took that one's place.
+    pub fn local_process(&self, id: AttachmentId) -> Option<(TenantId, Option<AttachmentId>)> {
+        let attachment = self.attachments.peek(id).filter(|_| self.attachments.is_local(id))?;
+        Some((attachment.tenant, attachment.former))
+    }
+
     /// Everything counted so far.
     pub fn counters(&self) -> &crate::status::Counters {
         &self.counters

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! connection   Greeting ──Open, pidfd──► Joining ──core: Joined──► Open        at its end nothing is lost but the way to tell things
-//! member       made when the core lets it in; ends when its pidfd says dead, or it says Leave: the core is told, once
+//! member       made when the core lets it in; ends when its pidfd says dead, or it says Leave: the core is told, once. Who comes again
+//!              is watched, and kept by the keeper, under the new name before the core gives that name what it holds
 //! file         Make ──► offered to its writer (Map) ──Mapped──► sealed and mapped here (a thread of its own) ──► the core grants in it
 //!                            │    ▲    └──Bring──► another file, the client's own, is looked at ──Taken──┘
 //!                            │    └─────NotTaken───┘ and takes its place
@@ -29,7 +30,7 @@ use crate::device::ingest::IngestFile;
 use crate::device::memory::Arena;
 use crate::device::shared::SharedFile;
 use crate::driver::{DoorCommand, Input, Local, Member, Queue, Sleeper};
-use crate::keeper::{Keeper, KeptIngest, KeptMember};
+use crate::keeper::{Keeper, KeptIngest};
 use crate::limits;
 use crate::names::{AttachmentId, GroupId, TenantId};
 
@@ -109,17 +110,32 @@ const LISTENER: u64 = 2;
 #[derive(Debug)]
 pub struct Before {
     /// Processes that it had let in.
-    pub members: Vec<KeptMember>,
+    pub members: Vec<FormerMember>,
     /// Their memory, which the arena has mapped again.
     pub ingest: Vec<KeptIngest>,
     /// The first name of memory that was never used.
     pub next_mapping: u32,
 }
 
+/// A process that the worker before had let in.
+#[derive(Debug)]
+pub struct FormerMember {
+    /// Its name.
+    pub attachment: AttachmentId,
+    /// Whose it is.
+    pub tenant: TenantId,
+    /// The one whose place it took. It may not have heard so.
+    pub former: Option<AttachmentId>,
+    /// To learn of its death.
+    pub process: Process,
+}
+
 /// A process that was let in.
 struct Watched {
     process: Process,
     tenant: TenantId,
+    /// From before a restart: whose place it took. It may come under that name still, as it does at the core.
+    former: Option<AttachmentId>,
     /// Its connection, while there is one.
     connection: u64,
 }
@@ -172,13 +188,17 @@ struct Doorman {
 impl Doorman {
     /// Watches over the processes from before. They have no connection, until they come again.
     fn take_over(&mut self, before: Before) -> io::Result<()> {
-        for KeptMember { attachment, tenant, process } in before.members {
+        for FormerMember { attachment, tenant, former, process } in before.members {
             self.last_name += 2;
             self.sleeper.listen(process.as_fd(), self.last_name + 1)?;
-            self.members.insert(attachment, Watched { process, tenant, connection: self.last_name });
+            self.members.insert(attachment, Watched { process, tenant, former, connection: self.last_name });
         }
         for KeptIngest { writer, segment, mapping, tenant, file } in before.ingest {
             let file = Arc::new(file);
+            // Its place was taken, and the keeper has not heard so of its memory.
+            let is_known = self.members.contains_key(&writer);
+            let renamed = self.members.iter().find(|(_, member)| !is_known && member.former == Some(writer));
+            let writer = renamed.map_or(writer, |(attachment, _)| *attachment);
             let memory = Memory { mapping, tenant, writer, file, until: None, may_bring: false, readers: Vec::new() };
             self.memory.insert(segment, memory);
         }
@@ -333,11 +353,21 @@ impl Doorman {
         if process.pid().is_ok_and(|pid| pid.is_some_and(|pid| pid != peer.pid)) {
             return Err("the pidfd is another process's than the socket's; send your own".to_owned());
         }
+        // Whose pidfd the keeper has under a name is not to be changed by who comes under it once more.
+        let is_joining = self.joining.values().any(|joining| joining.attachment == attachment);
+        if is_joining || self.members.contains_key(&attachment) {
+            return Err("this attachment has come to the local door already; attach once for each process".to_owned());
+        }
+        // A joining outlives its connection, so the bound on connections does not bound them.
+        if self.joining.len() >= limits::GREETINGS_MAX {
+            return Err("too many processes come to the local door at once; use gRPC meanwhile".to_owned());
+        }
         // Whoever takes the place of another process would have what that one holds.
-        let former = former.filter(|former| {
-            let watched = self.members.get(former).map(|member| &member.process);
-            watched.is_some_and(|watched| is_same(watched, &process))
+        let tenant = former.and_then(|former| {
+            let (_, theirs) = self.places_of(former).find(|(_, member)| is_same(&member.process, &process))?;
+            Some(theirs.tenant)
         });
+        let former = former.filter(|_| tenant.is_some());
         let own_uid = rustix::process::geteuid().as_raw();
         let verify = !self.files.iter().all(|file| file.protection().keeps_out(peer.uid.as_raw(), own_uid));
         let make = || -> io::Result<(Local, [OwnedFd; 3])> {
@@ -353,9 +383,23 @@ impl Doorman {
         let (local, descriptors) = make().map_err(|error| {
             format!("the daemon has no memory or descriptors for a ring ({error}); use gRPC, or raise its limits")
         })?;
+        // Its death is heard of from here on, whatever else fails later.
+        self.sleeper.listen(process.as_fd(), name + 1).map_err(|error| cannot_watch(&error))?;
+        // The core gives it what its former attachment holds as soon as it lets it in, and a worker that dies right then can tell
+        // nobody: the keeper has to know the new name before.
+        let kept = tenant.map_or(Ok(()), |tenant| self.keeper.keep_member(attachment, tenant, &process));
+        if let Err(error) = kept {
+            self.sleeper.ignore(process.as_fd());
+            return Err(cannot_watch(&error));
+        }
         self.joining.insert(name, Joining { attachment, former, process, descriptors, verify });
         self.tell_core(Input::Join(name, former, Box::new(local)));
         Ok(())
+    }
+
+    /// Who may be meant by a former name: the attachment itself, and those that took its place before a restart.
+    fn places_of(&self, former: AttachmentId) -> impl Iterator<Item = (&AttachmentId, &Watched)> {
+        self.members.iter().filter(move |(name, member)| **name == former || member.former == Some(former))
     }
 
     fn joined(&mut self, name: u64, answer: Result<TenantId, String>) {
@@ -365,18 +409,27 @@ impl Doorman {
         let tenant = match answer {
             Ok(tenant) => tenant,
             Err(why) => {
+                self.sleeper.ignore(process.as_fd());
+                if former.is_some() {
+                    // It stays who it was.
+                    let _ = self.keeper.forget_member(attachment);
+                }
                 self.say(name, &ToClient::Refused(why), &[]);
                 return self.hang_up(name);
             }
         };
-        // One that is dead already is readable at once. Kept before anything is granted to it.
+        // Who had no former attachment holds nothing before it hears that it is let in.
         let kept = self.keeper.keep_member(attachment, tenant, &process);
-        if let Err(error) = kept.and_then(|()| self.sleeper.listen(process.as_fd(), name + 1)) {
-            self.say(name, &ToClient::Refused(format!("the daemon cannot watch one more process ({error})")), &[]);
-            self.hang_up(name);
-            return self.tell_core(Input::Gone(attachment));
+        if let Err(error) = kept {
+            if former.is_none() {
+                self.sleeper.ignore(process.as_fd());
+                self.say(name, &ToClient::Refused(cannot_watch(&error)), &[]);
+                self.hang_up(name);
+                return self.tell_core(Input::Gone(attachment));
+            }
+            tracing::warn!("the keeper does not take the name of a process that came again: {error}");
         }
-        self.members.insert(attachment, Watched { process, tenant, connection: name });
+        self.members.insert(attachment, Watched { process, tenant, former: None, connection: name });
         if let Some(former) = former {
             self.take_place(former, attachment, tenant);
         }
@@ -394,18 +447,18 @@ impl Doorman {
     /// A process has come again under another name: it is watched under that one, and has the memory that it had. The core has made sure
     /// that it is the one, by what it knows.
     fn take_place(&mut self, former: AttachmentId, attachment: AttachmentId, tenant: TenantId) {
-        let is_theirs = self.members.get(&former).is_some_and(|member| member.tenant == tenant);
-        if !is_theirs {
-            return;
-        }
-        for (&segment, memory) in self.memory.iter_mut().filter(|(_, memory)| memory.writer == former) {
-            memory.writer = attachment;
-            if let Err(error) = self.keeper.keep_ingest(attachment, segment, memory.mapping, tenant, &memory.file) {
-                tracing::warn!("the keeper does not take a client's memory: {error}");
+        let is_theirs = |(name, member): &(&AttachmentId, &Watched)| **name != attachment && member.tenant == tenant;
+        let places: Vec<AttachmentId> = self.places_of(former).filter(is_theirs).map(|(name, _)| *name).collect();
+        for place in places {
+            for (&segment, memory) in self.memory.iter_mut().filter(|(_, memory)| memory.writer == place) {
+                memory.writer = attachment;
+                if let Err(error) = self.keeper.keep_ingest(attachment, segment, memory.mapping, tenant, &memory.file) {
+                    tracing::warn!("the keeper does not take a client's memory: {error}");
+                }
             }
-        }
-        if let Some(member) = self.members.remove(&former) {
-            self.end_member(former, &member);
+            if let Some(member) = self.members.remove(&place) {
+                self.end_member(place, &member);
+            }
         }
     }
 
@@ -597,6 +650,10 @@ impl Doorman {
         // The core is gone only when the daemon ends. It never waits for this thread, so this wait is short.
         let _ = self.core.send(input);
     }
+}
+
+fn cannot_watch(error: &io::Error) -> String {
+    format!("the daemon cannot watch one more process ({error}); use gRPC, or raise its limits")
 }
 
 /// Whether two pidfds are of one process that lives. Of those in other namespaces of processes the numbers are not known here.
