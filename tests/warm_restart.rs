@@ -36,6 +36,14 @@ async fn overwrite(store: &Remote, times: u32, seed: u32) {
     }
 }
 
+async fn nothing_is_leased(daemon: &support::site::Running) {
+    let began = std::time::Instant::now();
+    while daemon.tier(WireTier::Host).await.leased_slots > 0 {
+        assert!(began.elapsed() < support::PATIENCE, "leases are left over");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
 /// Two tenants, two sizes of blocks, two groups.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used_again() {
@@ -70,11 +78,29 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
     unchanged(&runs_small, &views_small);
     unchanged(&run_large, &views_large);
     drop((views_small, views_large));
-    let began = std::time::Instant::now();
-    while daemon.tier(WireTier::Host).await.leased_slots > 0 {
-        assert!(began.elapsed() < support::PATIENCE, "leases are left over");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    nothing_is_leased(&daemon).await;
+    daemon.stop();
+}
+
+/// Views of the connection before are not known to the one that leaves.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn views_from_before_the_worker_was_killed_stay_as_they_are_when_their_client_closes() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let run = Run::new(&store, 1, 250);
+    run.put(&store).await;
+    let views = view(&run, &store).await;
+    assert!(views.iter().filter(|view| view.is_leased()).count() > 100, "nothing is leased in place");
+    daemon.kill_worker();
+    assert!(store.lookup(&run.keys).await.prefix_blocks > 0);
+    assert_eq!(store.door(), Doors::Ring);
+    store.close().await;
+    let other = site.attach_other(attach_to("other", BlockLayout::opaque(16 << 10))).await;
+    overwrite(&other, 3, 1_000).await;
+    unchanged(&run, &views);
+    drop(views);
+    nothing_is_leased(&daemon).await;
     daemon.stop();
 }
 

@@ -48,6 +48,8 @@ pub(super) struct Inner {
     /// One message at a time.
     pub(super) sending: Mutex<()>,
     pub(super) is_leaving: AtomicBool,
+    /// `Leave` was said.
+    pub(super) has_left: AtomicBool,
     pub(super) over: watch::Sender<bool>,
 }
 
@@ -120,11 +122,12 @@ impl Connection {
         self.0.over.subscribe()
     }
 
-    /// Leaves, and waits a moment until the daemon has heard of it.
-    pub(super) async fn leave(&self) {
+    /// Leaves, and waits a moment; whether the daemon has heard of it.
+    pub(super) async fn leave(&self) -> bool {
         let mut over = self.0.over.subscribe();
         self.0.leave();
         let _courtesy = timeout(2 * deadline::GRACE, over.wait_for(|over| *over)).await;
+        self.0.has_left.load(Ordering::Acquire)
     }
 }
 
@@ -170,7 +173,9 @@ impl Inner {
                 if self.debts.holds_nothing() {
                     let by = *leave_by.get_or_insert_with(|| Instant::now() + deadline::GRACE);
                     if self.calls.is_idle() || Instant::now() >= by {
-                        break self.say(ToDaemon::Leave);
+                        let said = self.say(ToDaemon::Leave);
+                        self.has_left.store(said.is_ok(), Ordering::Release);
+                        break said;
                     }
                 }
             }

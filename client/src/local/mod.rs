@@ -97,14 +97,11 @@ impl Local {
         self.connection.over()
     }
 
-    /// Leaves, and waits a moment until the daemon has heard of it. Not while views are held: then the last of them leaves, and this says
-    /// false.
+    /// Leaves, and waits a moment; whether the daemon has heard of it. Not while anything is held, be it from a former connection: then
+    /// the last view leaves.
     pub(crate) async fn leave(&self) -> bool {
-        let is_last = Arc::strong_count(&self.connection) == 1;
-        if is_last {
-            self.connection.leave().await;
-        }
-        is_last
+        let is_free = Arc::strong_count(&self.connection) == 1 && self.connection.debts().holds_nothing();
+        is_free && self.connection.leave().await
     }
 
     async fn ask(&self, request: &Request<'_>, deadline: Duration) -> Result<Reply, Failure> {

@@ -135,6 +135,7 @@ fn greet(
         wake,
         sending: Mutex::new(()),
         is_leaving: AtomicBool::new(false),
+        has_left: AtomicBool::new(false),
         over: watch::Sender::new(false),
     })?;
     connection.ask_after(&lent);

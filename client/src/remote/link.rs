@@ -310,7 +310,7 @@ impl Links {
 }
 
 /// Leaving is a courtesy: the daemon forgets an attachment by itself, later. While views are held they need the attachment, and the
-/// last of them leaves.
+/// last of them leaves; so the daemon is told to forget it only once the ring was left.
 async fn leave(link: &Link) {
     if let Some(local) = &link.local
         && !local.leave().await

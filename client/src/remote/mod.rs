@@ -104,8 +104,9 @@ impl Remote {
         self.links.brought_bytes()
     }
 
-    /// Leaves, and waits a moment (at most a second) until the daemon has heard of it, which a drop does not: what a drop starts ends
-    /// with the runtime. While there are other clones nothing happens, as with a drop.
+    /// Leaves, and waits until the daemon has heard of it (milliseconds; where it does not answer, at most three seconds), which a drop
+    /// does not: what a drop starts ends with the runtime. While there are other clones nothing happens, as with a drop; while there are
+    /// views, the last of them leaves.
     pub async fn close(self) {
         if let Some(links) = Arc::into_inner(self.links) {
             links.close().await;
