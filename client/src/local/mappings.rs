@@ -64,11 +64,17 @@ impl Mappings {
 
     /// Takes over what a former connection to the same memory has mapped, but for what is mapped anew at each greeting.
     pub(super) fn inherit(&self, former: &Self) {
-        let known = former.lock().known.clone();
+        let to_write = former.end_writing();
+        let to_read = former.lock().known.clone();
         let mut table = self.lock();
-        for (mapping, memory) in known {
+        for (mapping, memory) in to_write.into_iter().chain(to_read) {
             table.known.entry(mapping).or_insert(memory);
         }
+    }
+
+    /// Forgets what this process writes; what it was. Nobody has that mapped then but who uses it.
+    pub(super) fn end_writing(&self) -> HashMap<u32, Arc<Mapping>> {
+        self.lock().known.extract_if(|_, memory| memory.is_writable()).collect()
     }
 
     /// A file is mapped.

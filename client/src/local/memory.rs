@@ -7,7 +7,8 @@
 //!    │                    └──► Refused: the daemon's own is written instead        │
 //!    └─────────────────────────────────────────────────────────────────────────────┘
 //! ```
-//! What is brought outlives a connection: a daemon whose worker was started again still has it, and is asked so.
+//! What is brought outlives a connection: a daemon whose worker was started again still has it, and is asked so. Views into it, and puts
+//! that are filling slots there, may outlive the daemon: it is `Own` only when these are gone too.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -41,12 +42,12 @@ struct Own {
 /// How far memory is that can be brought.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MemoryState {
-    /// The caller's alone: not brought, or its last block has left.
+    /// The caller's alone: not brought, or its last block has left, and nobody here reads or fills one there any more.
     Own,
     /// Brought: it is used when the daemon next has memory made for this client, if there is nothing wrong with it.
     Offered,
     /// The daemon has taken it: it reads blocks there. After the client has left it does so until it has copied the last of them, and
-    /// can tell nobody when.
+    /// can tell nobody when. Or the daemon has it no more, but there are views into it still.
     Used,
     /// The daemon does not take it: why, and the cure. The caller's alone.
     Refused(String),
@@ -55,7 +56,7 @@ pub enum MemoryState {
 /// Why memory is not brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BringError {
-    /// It was brought before, to this client or to another, and has not come back.
+    /// It was brought before, to this client or to another, and has not come back; or there are views into it still.
     #[error("this memory was brought already: bring it again when its state is `Own` or `Refused`")]
     Brought,
     /// So much of it waits already.
@@ -105,7 +106,10 @@ impl OwnMemory {
 
     /// How far it is.
     pub fn state(&self) -> MemoryState {
-        self.lock().clone()
+        match self.lock().clone() {
+            MemoryState::Own if self.is_mapped_elsewhere() => MemoryState::Used,
+            state => state,
+        }
     }
 
     pub(super) fn file(&self) -> BorrowedFd<'_> {
@@ -114,6 +118,11 @@ impl OwnMemory {
 
     pub(super) fn mapping(&self) -> Arc<Mapping> {
         Arc::clone(&self.0.mapping)
+    }
+
+    /// Whether somebody else holds the mapping. Once no table of mappings does, these are views and slots, which come from there only.
+    fn is_mapped_elsewhere(&self) -> bool {
+        Arc::strong_count(&self.0.mapping) > 1
     }
 
     fn set(&self, state: MemoryState) {
@@ -161,7 +170,7 @@ impl Brought {
             return Err(BringError::TooMany);
         }
         let mut state = memory.lock();
-        if matches!(*state, MemoryState::Offered | MemoryState::Used) {
+        if matches!(*state, MemoryState::Offered | MemoryState::Used) || memory.is_mapped_elsewhere() {
             return Err(BringError::Brought);
         }
         *state = MemoryState::Offered;
@@ -209,7 +218,7 @@ impl Brought {
         table.lent.keys().copied().collect()
     }
 
-    /// Another daemon's memory: what the former one had is nobody's any more but the caller's own.
+    /// Another daemon's memory: what the former one had is nobody's any more but the caller's own. It is in no table of mappings any more.
     pub(super) fn begin_anew(&self) {
         self.lock().lent.drain().for_each(|(_, lent)| lent.memory.set(MemoryState::Own));
     }

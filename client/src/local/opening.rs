@@ -116,7 +116,10 @@ fn greet(
             (Some(debts.begin(&wake)), brought.begin())
         }
         // Its host memory is another: names of former memory mean nothing there.
-        _ => {
+        other => {
+            if let Some(former) = other {
+                former.mappings.end_writing();
+            }
             debts.begin_anew(&wake);
             brought.begin_anew();
             (None, Vec::new())

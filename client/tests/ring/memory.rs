@@ -99,6 +99,36 @@ async fn memory_that_went_with_its_daemon_is_the_callers_again() {
     client.bring(&own).unwrap();
 }
 
+/// Who fills slots there has not heard of the daemon's end.
+#[tokio::test]
+async fn memory_that_a_put_still_fills_is_not_the_callers_yet() {
+    let own = memory();
+    let (mut node, client) = bringing(Bringing::Taken, &own).await;
+    becomes(&own, MemoryState::Used).await;
+    let (keys, payloads) = blocks(&client, 20);
+    let mut putting = Box::pin(put(&client, &keys, &payloads));
+    // It gives way to others behind each slot that it has filled.
+    let mut polls_left = 3;
+    while polls_left > 0 {
+        let once = std::future::poll_fn(|context| std::task::Poll::Ready(putting.as_mut().poll(context).is_ready()));
+        assert!(!once.await);
+        sleep(Duration::from_millis(2)).await;
+        polls_left -= usize::from(node.script(|script| script.put_bytes) > 0);
+    }
+    node.kill();
+    node.start();
+    let start = std::time::Instant::now();
+    while node.script(|script| script.asked) == 0 {
+        assert!(start.elapsed() < 5 * AT_ONCE, "not attached again");
+        client.lookup(&keys).await;
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert_eq!((own.state(), client.bring(&own)), (MemoryState::Used, Err(BringError::Brought)));
+    drop(putting);
+    becomes(&own, MemoryState::Own).await;
+    client.bring(&own).unwrap();
+}
+
 /// Its ring closes and its socket ends: what the daemon said meanwhile was heard by nobody.
 #[tokio::test]
 async fn memory_that_was_given_up_while_nobody_listened_is_asked_after() {
