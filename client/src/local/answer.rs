@@ -5,19 +5,19 @@ use std::sync::Arc;
 
 use tender_proto::door::{HoldId, HoldKind, Reply, ReserveOutcome};
 
-use super::debts::Debts;
+use super::debts::{Debts, Life};
 use crate::failure::Failure;
 
 /// A reply. What it grants is given back unless somebody takes it: who asked may be gone.
 pub(super) struct Answer {
     reply: Reply,
-    life: u64,
+    life: Life,
     debts: Arc<Debts>,
 }
 
 impl Answer {
-    /// Its names are of that host memory.
-    pub(super) fn new(reply: Reply, life: u64, debts: &Arc<Debts>) -> Self {
+    /// Its names come from there.
+    pub(super) fn new(reply: Reply, life: Life, debts: &Arc<Debts>) -> Self {
         Self { reply, life, debts: Arc::clone(debts) }
     }
 

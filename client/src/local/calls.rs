@@ -33,7 +33,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::timeout_at;
 
 use super::answer::Answer;
-use super::debts::{Debts, Due};
+use super::debts::{Debts, Due, Life};
 use super::spin::Spin;
 use crate::deadline;
 use crate::failure::Failure;
@@ -52,8 +52,8 @@ pub(super) struct Calls {
     turns: Semaphore,
     doorbell: EventFd,
     debts: Arc<Debts>,
-    /// Which host memory this ring's names are of.
-    life: u64,
+    /// Where this ring's names come from.
+    life: Life,
     /// Wakes the thread, which then asks how long it may sleep.
     wake: Arc<EventFd>,
     /// Told whenever something was given back.
@@ -111,8 +111,8 @@ impl Calls {
         Self { attachment, table: Mutex::new(table), turns, doorbell, wake, debts, life, given_back, spin }
     }
 
-    /// Which host memory this ring's names are of.
-    pub(super) fn life(&self) -> u64 {
+    /// Where this ring's names come from.
+    pub(super) fn life(&self) -> Life {
         self.life
     }
 
@@ -147,7 +147,7 @@ impl Calls {
             let is_settled = {
                 let mut table = self.lock();
                 // Who closes takes nothing more.
-                table.is_over || table.ring.is_closing() || (!table.is_giving_back && self.debts.is_empty())
+                table.is_over || table.ring.is_closing() || (!table.is_giving_back && self.debts.is_empty(self.life))
             };
             if is_settled || timeout_at(until, given_back).await.is_err() {
                 return;
@@ -166,13 +166,13 @@ impl Calls {
         let pause = table.not_before.map(|at| at.saturating_duration_since(Instant::now()));
         let patience = table.closing_since.filter(|_| !table.waiting.is_empty()).map(closing_left);
         drop(table);
-        pause.into_iter().chain(patience).chain(self.debts.warm_for()).min()
+        pause.into_iter().chain(patience).chain(self.debts.warm_for(self.life)).min()
     }
 
     /// Whether nothing is under way, and nothing to be given back.
     pub(super) fn is_idle(&self) -> bool {
         let table = self.lock();
-        table.is_over || (table.waiting.is_empty() && self.debts.is_empty())
+        table.is_over || (table.waiting.is_empty() && self.debts.is_empty(self.life))
     }
 
     /// The connection is over: who waits is told, after what has come already.
@@ -190,7 +190,7 @@ impl Calls {
         will_look: bool,
     ) -> Result<oneshot::Receiver<Result<Answer, Failure>>, Failure> {
         let (sender, receiver) = oneshot::channel();
-        if self.debts.warm_up() {
+        if self.debts.warm_up(self.life) {
             self.wake_thread();
         }
         self.with(|table| {
@@ -322,7 +322,7 @@ impl Table {
             return;
         }
         self.not_before = None;
-        let Some(due) = calls.debts.due() else { return };
+        let Some(due) = calls.debts.due(calls.life) else { return };
         let (asked, mut bytes) = (due.request().asked(), Vec::new());
         due.request().encode(&mut bytes);
         let (user_data, verb) = (self.next, asked.verb.number());

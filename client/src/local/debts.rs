@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use tender_proto::descriptors::EventFd;
 use tender_proto::door::{self, HOLDS_PER_ENTRY_MAX, HoldId, HoldKind, Request};
 
+use crate::failure::Failure;
+
 /// The books of one client. Without a connection there is nobody to give anything back to.
 #[derive(Debug, Default)]
 pub(crate) struct Debts {
@@ -26,14 +28,22 @@ struct Owed {
     leases: Vec<HoldId>,
     reservations: Vec<HoldId>,
     held: HashMap<HoldId, Place>,
-    /// Counts the daemons' host memories: a name of one means nothing, or something else, in the next.
-    life: u64,
+    life: Life,
     /// Of the connection: signalled when there is something to give back.
     wake: Option<Arc<EventFd>>,
     /// Requests follow each other: the thread looks at this moment again.
     warm_until: Option<Instant>,
     /// Somebody waits until nothing is held.
     is_awaited: bool,
+}
+
+/// Where a name comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Life {
+    /// Counts the daemons' host memories: a name of one means nothing, or something else, in the next.
+    memory: u64,
+    /// Counts the connections: what one granted that was not in the books when the next began was not confirmed, and is nobody's.
+    connection: u64,
 }
 
 /// How long after a request another one is taken to come.
@@ -59,7 +69,7 @@ pub(super) struct Due {
 pub(super) struct Held {
     kind: HoldKind,
     holds: Vec<HoldId>,
-    life: u64,
+    life: Life,
     debts: Arc<Debts>,
 }
 
@@ -68,7 +78,8 @@ impl Debts {
     pub(super) fn begin(&self, wake: &Arc<EventFd>) -> Vec<door::Held> {
         let mut owed = self.lock();
         owed.wake = Some(Arc::clone(wake));
-        (owed.leases, owed.reservations) = Default::default();
+        owed.life.connection += 1;
+        (owed.leases, owed.reservations, owed.warm_until) = Default::default();
         let held = owed.held.iter().map(|(&hold, &Place { kind, segment, offset_bytes })| door::Held {
             hold,
             segment,
@@ -81,18 +92,19 @@ impl Debts {
     /// Another daemon's memory: what is held is nobody's any more but this process's own.
     pub(super) fn begin_anew(&self, wake: &Arc<EventFd>) {
         let mut owed = self.lock();
-        *owed = Owed { wake: Some(Arc::clone(wake)), life: owed.life + 1, ..Owed::default() };
+        let life = Life { memory: owed.life.memory + 1, connection: owed.life.connection + 1 };
+        *owed = Owed { wake: Some(Arc::clone(wake)), life, ..Owed::default() };
     }
 
-    /// Which host memory names are of now.
-    pub(super) fn life(&self) -> u64 {
+    /// Where names come from now.
+    pub(super) fn life(&self) -> Life {
         self.lock().life
     }
 
-    /// Notes what is to be given back. Never waits.
-    pub(super) fn owe(&self, life: u64, kind: HoldKind, holds: impl IntoIterator<Item = HoldId>) {
+    /// Notes what is to be given back, over whichever connection there is. Never waits.
+    pub(super) fn owe(&self, life: Life, kind: HoldKind, holds: impl IntoIterator<Item = HoldId>) {
         let mut owed = self.lock();
-        let Some(wake) = owed.wake.clone().filter(|_| owed.life == life) else { return };
+        let Some(wake) = owed.wake.clone().filter(|_| owed.life.memory == life.memory) else { return };
         let was_empty = owed.is_empty();
         match kind {
             HoldKind::Lease => owed.leases.extend(holds),
@@ -105,14 +117,18 @@ impl Debts {
         }
     }
 
-    /// A request is made: whether the thread is to be woken, to look by itself from now on.
-    pub(super) fn warm_up(&self) -> bool {
-        self.lock().warm_until.replace(Instant::now() + WARM).is_none()
+    /// A request is made: whether the thread is to be woken, to look by itself from now on. Not that of a connection that another follows.
+    pub(super) fn warm_up(&self, life: Life) -> bool {
+        let mut owed = self.lock();
+        owed.life == life && owed.warm_until.replace(Instant::now() + WARM).is_none()
     }
 
     /// For the thread: when it is to look again, while the ring is warm.
-    pub(super) fn warm_for(&self) -> Option<Duration> {
+    pub(super) fn warm_for(&self, life: Life) -> Option<Duration> {
         let mut owed = self.lock();
+        if owed.life != life {
+            return None;
+        }
         let left = owed.warm_until?.saturating_duration_since(Instant::now());
         if left.is_zero() {
             owed.warm_until = None;
@@ -121,9 +137,12 @@ impl Debts {
         Some(left)
     }
 
-    /// Takes what one request can give back.
-    pub(super) fn due(&self) -> Option<Due> {
+    /// Takes what one request can give back; nothing for a connection that another follows, which nobody may listen to any more.
+    pub(super) fn due(&self, life: Life) -> Option<Due> {
         let mut owed = self.lock();
+        if owed.life != life {
+            return None;
+        }
         let Owed { leases, reservations, .. } = &mut *owed;
         let (kind, list) =
             if reservations.is_empty() { (HoldKind::Lease, leases) } else { (HoldKind::Reservation, reservations) };
@@ -132,9 +151,10 @@ impl Debts {
         (!holds.is_empty()).then_some(Due { kind, holds })
     }
 
-    /// Whether there is nothing to give back.
-    pub(super) fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+    /// Whether there is nothing for that connection to give back.
+    pub(super) fn is_empty(&self, life: Life) -> bool {
+        let owed = self.lock();
+        owed.life != life || owed.is_empty()
     }
 
     /// Whether nothing is held; if something is, the thread is woken when that is over.
@@ -152,13 +172,19 @@ impl Debts {
         }
     }
 
-    fn take(&self, holds: impl IntoIterator<Item = (HoldId, Place)>) {
-        self.lock().held.extend(holds);
+    /// Whether they are in the books now: not if another connection has begun, which has not confirmed them.
+    fn take(&self, life: Life, holds: impl IntoIterator<Item = (HoldId, Place)>) -> bool {
+        let mut owed = self.lock();
+        let is_current = owed.life == life;
+        if is_current {
+            owed.held.extend(holds);
+        }
+        is_current
     }
 
-    fn let_go(&self, life: u64, holds: &[HoldId]) {
+    fn let_go(&self, life: Life, holds: &[HoldId]) {
         let mut owed = self.lock();
-        if owed.life != life {
+        if owed.life.memory != life.memory {
             return;
         }
         for hold in holds {
@@ -193,26 +219,28 @@ impl Due {
     }
 
     /// It was not taken: another time.
-    pub(super) fn owe_again(self, debts: &Debts, life: u64) {
+    pub(super) fn owe_again(self, debts: &Debts, life: Life) {
         debts.owe(life, self.kind, self.holds);
     }
 }
 
 impl Held {
-    /// Holds of that host memory, each with its segment and offset.
+    /// What a connection granted, each hold with its segment and offset. `Gone` if another connection has begun meanwhile: what is not
+    /// in the books then is released, or given back here, and is to be asked for anew.
     pub(super) fn new(
-        life: u64,
+        life: Life,
         kind: HoldKind,
         holds: impl IntoIterator<Item = (HoldId, u32, u64)>,
         debts: &Arc<Debts>,
-    ) -> Self {
+    ) -> Result<Self, Failure> {
         let mut names = Vec::new();
         let places = holds.into_iter().map(|(hold, segment, offset_bytes)| {
             names.push(hold);
             (hold, Place { kind, segment, offset_bytes })
         });
-        debts.take(places.collect::<Vec<_>>());
-        Self { kind, holds: names, life, debts: Arc::clone(debts) }
+        let is_taken = debts.take(life, places.collect::<Vec<_>>());
+        let held = Self { kind, holds: names, life, debts: Arc::clone(debts) };
+        is_taken.then_some(held).ok_or(Failure::Gone)
     }
 
     /// The daemon has ended them: nothing is left to give back.

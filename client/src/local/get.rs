@@ -111,12 +111,12 @@ impl Local {
         };
         let leased = blocks.into_iter().map(|block| {
             let holds = block.parts.iter().map(|part| (part.hold, part.segment, part.offset_bytes));
-            Leased {
-                lease: Held::new(self.connection.calls().life(), HoldKind::Lease, holds, self.connection.debts()),
-                block,
-            }
+            let lease = Held::new(self.connection.calls().life(), HoldKind::Lease, holds, self.connection.debts());
+            lease.map(|lease| Leased { lease, block })
         });
-        Ok((end, leased.collect()))
+        // Each is looked at, also behind one that nobody holds: what is not held goes back.
+        let leased: Vec<Result<Leased, Failure>> = leased.collect();
+        Ok((end, leased.into_iter().collect::<Result<_, _>>()?))
     }
 
     async fn view(&self, wanted: &Wanted<'_>, key: &BlockKey, leased: Leased) -> Result<BlockView, Unusable> {

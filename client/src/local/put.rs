@@ -89,14 +89,16 @@ impl Local {
                 let held = [(hold, extent.segment, extent.offset_bytes)];
                 let reservation =
                     Held::new(self.connection.calls().life(), HoldKind::Reservation, held, self.connection.debts());
-                Reserved::Granted(extent, hold, reservation)
+                reservation.map(|reservation| Reserved::Granted(extent, hold, reservation))
             }
-            ReserveOutcome::AlreadyPresent => Reserved::Not(PutOutcome::AlreadyPresent),
-            ReserveOutcome::BeingWritten => Reserved::Not(PutOutcome::BeingWritten),
-            ReserveOutcome::NoRoom => Reserved::Not(PutOutcome::NoRoom),
-            ReserveOutcome::OverQuota => Reserved::Not(PutOutcome::OverQuota),
+            ReserveOutcome::AlreadyPresent => Ok(Reserved::Not(PutOutcome::AlreadyPresent)),
+            ReserveOutcome::BeingWritten => Ok(Reserved::Not(PutOutcome::BeingWritten)),
+            ReserveOutcome::NoRoom => Ok(Reserved::Not(PutOutcome::NoRoom)),
+            ReserveOutcome::OverQuota => Ok(Reserved::Not(PutOutcome::OverQuota)),
         });
-        Ok(reserved.collect())
+        // Each is looked at, also behind one that nobody holds: what is not held goes back.
+        let reserved: Vec<Result<Reserved, Failure>> = reserved.collect();
+        reserved.into_iter().collect()
     }
 
     /// Fills slots, gives way to other tasks after each, and commits all.

@@ -241,7 +241,9 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     drop(listener);
     script.lock().unwrap().opened += 1;
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let mut client = Client { node, script, slots, own, attachment, holds: HashSet::new(), is_mapped: false };
+    let first_hold = script.lock().unwrap().next_hold;
+    let (holds, confirmed) = (HashSet::new(), HashSet::new());
+    let mut client = Client { node, script, slots, own, attachment, first_hold, holds, confirmed, is_mapped: false };
     let mut put_off: Vec<(Submission, Ticket, Vec<u8>)> = Vec::new();
     let (mut request, mut reply) = (Vec::new(), Vec::new());
     let (mut filled, mut is_awake, mut is_closed) = (0, true, false);
@@ -351,7 +353,11 @@ pub struct Client {
     /// Its own memory.
     pub own: OwnedFd,
     pub attachment: u64,
+    /// What was granted before it came has a smaller name.
+    pub first_hold: u64,
     pub holds: HashSet<u64>,
+    /// Of those from before.
+    pub confirmed: HashSet<u64>,
     pub is_mapped: bool,
 }
 

@@ -85,7 +85,11 @@ impl Client {
                 Reply::Done
             }
             Request::Release(holds) => {
-                holds.iter().for_each(|hold| assert!(self.end(hold.0).is_some(), "{hold:?} is given back once"));
+                for hold in holds.iter() {
+                    // What an earlier ring granted may have ended with it, or for want of a word.
+                    let ended = self.end(hold.0).is_some() || hold.0 < self.first_hold;
+                    assert!(ended, "{hold:?} is given back once");
+                }
                 Reply::Done
             }
             Request::Acquire { keys, .. } => self.acquire(store, &keys).await,
@@ -102,7 +106,16 @@ impl Client {
             Request::Durable(keys) => Reply::Durable(store.lookup(&keys).await.host.into_iter().collect::<Bitmap>()),
             Request::Purge(keys) => purged(store, Purge::Keys(&keys)).await,
             Request::PurgeNamespace => purged(store, Purge::Namespace).await,
+            Request::Confirm(held) if held.is_empty() => {
+                let held: Vec<u64> = self.script.lock().unwrap().held.keys().copied().collect();
+                let is_unnamed = |hold: &u64| *hold < self.first_hold && !self.confirmed.contains(hold);
+                for hold in held.into_iter().filter(is_unnamed).collect::<Vec<_>>() {
+                    self.end(hold);
+                }
+                Reply::Confirmed(Bitmap::default())
+            }
             Request::Confirm(held) => {
+                self.confirmed.extend(held.iter().map(|held| held.hold.0));
                 let script = self.script.lock().unwrap();
                 let is_held = |held: &tender_client::proto::door::Held| script.held.contains_key(&held.hold.0);
                 Reply::Confirmed(held.iter().map(is_held).collect())

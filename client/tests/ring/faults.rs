@@ -165,6 +165,27 @@ async fn a_daemon_that_forgot_us_is_attached_to_again_through_its_ring() {
     node.door().until("left", |script| script.opened == 4 && script.left == 3).await;
 }
 
+/// Its answer came and was not looked at when the next ring began: nobody confirmed what it grants.
+#[tokio::test]
+async fn what_was_granted_and_is_in_no_books_when_the_next_ring_begins_is_asked_for_again() {
+    let node = Node::new(Script::default());
+    let (client, keys, payloads) = node.with_blocks(3).await;
+    node.script(|script| script.holds = true);
+    let mut getting = Box::pin(client.get(&keys, Shard::WHOLE));
+    let once = std::future::poll_fn(|context| std::task::Poll::Ready(getting.as_mut().poll(context).is_ready()));
+    assert!(!once.await);
+    node.script(|script| script.holds = false);
+    node.door().until("leased", |script| script.held.len() == 3).await;
+    node.world.node.attached.lock().unwrap().clear();
+    assert_eq!(client.lookup(&keys).await.prefix_blocks, 3);
+    node.all_given_back().await;
+    let got = timeout(2 * AT_ONCE, getting).await.unwrap();
+    assert_eq!(got.end, GetEnd::Complete);
+    assert!(got.blocks.iter().zip(&payloads).all(|(view, payload)| view.is_leased() && view.equals(payload)));
+    drop(got);
+    node.all_given_back().await;
+}
+
 #[tokio::test]
 async fn a_ring_that_closes_is_changed_for_a_new_one() {
     let node = Node::new(Script::default());
