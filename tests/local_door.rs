@@ -25,6 +25,8 @@ mod raw;
 mod restarts;
 #[path = "local_door/rings.rs"]
 mod rings;
+#[path = "local_door/slots.rs"]
+mod slots;
 #[expect(dead_code, reason = "each test file uses what it needs")]
 mod support;
 #[path = "local_door/tenants.rs"]

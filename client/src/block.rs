@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tender_proto::{BlockKey, LayoutError, Shard};
 
 use crate::Terms;
-use crate::local::LeasedBytes;
+use crate::local::{LeasedBytes, Slot};
 
 /// Where a block was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -132,6 +132,39 @@ impl PutOutcome {
     pub fn is_turned_away(self) -> bool {
         matches!(self, Self::NoRoom | Self::OverQuota | Self::Shed)
     }
+}
+
+/// What became of a block for which a slot was asked, to be filled in place.
+#[derive(Debug)]
+pub enum Reserved {
+    /// A slot, to be filled and committed.
+    Granted(Slot),
+    /// None, and why: it is there already, somebody writes it, there is no room or no turn for it, or no store.
+    Not(PutOutcome),
+}
+
+impl Reserved {
+    /// The slot, if there is one.
+    pub fn granted(self) -> Option<Slot> {
+        match self {
+            Self::Granted(slot) => Some(slot),
+            Self::Not(_) => None,
+        }
+    }
+}
+
+/// Why no slots are given at all.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// There is no ring.
+    #[error(
+        "no slots to fill in place: this client asks over gRPC, which shares no memory with the daemon; put the blocks instead, or \
+         attach with `Doors::Ring` by the Unix socket of a daemon on this node"
+    )]
+    NoRing,
+    /// The layout has no such shard.
+    #[error(transparent)]
+    Shard(#[from] LayoutError),
 }
 
 /// Answer to a get.

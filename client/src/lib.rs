@@ -8,6 +8,8 @@
 //! tokens ── Terms::chain ──► keys ── lookup ──► how many blocks there are ── get ──► their bytes, in order, or a miss
 //!                              └──── put ────► what became of each
 //! ```
+//! Through a ring in shared memory a get leaves blocks where they lie, and [`Remote::reserve`] and [`Remote::commit`] are a put without
+//! a copy: the caller fills the slots.
 
 mod block;
 mod deadline;
@@ -21,13 +23,17 @@ mod watch;
 
 use std::future::Future;
 
-pub use block::{BlockPiece, BlockView, GetEnd, Got, Lookup, Prefetched, Purge, Purged, Put, PutOutcome, Tier};
+pub use block::{
+    BlockPiece, BlockView, GetEnd, Got, Lookup, Prefetched, Purge, Purged, Put, PutOutcome, ReserveError, Reserved,
+    Tier,
+};
 pub use in_memory::InMemory;
-pub use local::{BringError, MemoryState, OwnMemory};
+pub use local::{BringError, MemoryState, OwnMemory, Slot};
 pub use null::Null;
 pub use operator::Operator;
 pub use remote::{Doors, Remote, Target};
 pub use tender_proto as proto;
+pub use tender_proto::door::CommitOutcome;
 use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt};
 pub use watch::{Position, Residency, Watch, WatchItem};
 

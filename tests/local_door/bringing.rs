@@ -38,7 +38,7 @@ fn closed(bytes: u64) -> (OwnedFd, Memory) {
 }
 
 /// Memory that was brought to a client, and another way to look into it.
-fn bring_to(store: &Remote) -> (OwnMemory, Memory) {
+pub fn bring_to(store: &Remote) -> (OwnMemory, Memory) {
     let bytes = store.segment_bytes().expect("the daemon takes memory");
     let file = memfd(MemfdFlags::empty(), bytes, SealFlags::empty());
     let view = Memory::to_read(&file, bytes).unwrap();

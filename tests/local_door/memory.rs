@@ -6,6 +6,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use memmap2::{MmapOptions, MmapRaw};
+use tender_client::Slot;
+
+/// Writes to a reserved slot by its address, as a copy engine does.
+pub fn write_by_address(slot: &mut Slot, offset: usize, bytes: &[u8]) {
+    assert!(offset + bytes.len() <= slot.bytes(), "{} bytes at {offset} leave the slot", bytes.len());
+    // SAFETY: the place was just checked to lie in the slot, which is writable as long as it lives; nobody in this process has a
+    // reference into it.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), slot.start().add(offset), bytes.len()) }
+}
 
 /// One mapping. No reference into it exists: bytes are copied in and out.
 pub struct Memory(MmapRaw);

@@ -5,20 +5,20 @@ use std::sync::Arc;
 
 use tender_proto::door::{HoldId, HoldKind, Reply, ReserveOutcome};
 
-use super::debts::{Debts, Life};
+use super::debts::{Debts, Origin};
 use crate::failure::Failure;
 
 /// A reply. What it grants is given back unless somebody takes it: who asked may be gone.
 pub(super) struct Answer {
     reply: Reply,
-    life: Life,
+    origin: Origin,
     debts: Arc<Debts>,
 }
 
 impl Answer {
     /// Its names come from there.
-    pub(super) fn new(reply: Reply, life: Life, debts: &Arc<Debts>) -> Self {
-        Self { reply, life, debts: Arc::clone(debts) }
+    pub(super) fn new(reply: Reply, origin: Origin, debts: &Arc<Debts>) -> Self {
+        Self { reply, origin, debts: Arc::clone(debts) }
     }
 
     /// The answer to what was asked, or why there is none. From here on what it grants is the caller's to give back.
@@ -41,10 +41,10 @@ impl Drop for Answer {
         match &self.reply {
             Reply::Acquired(acquired) => {
                 let parts = acquired.blocks.iter().flat_map(|block| &block.parts);
-                self.debts.owe(self.life, HoldKind::Lease, parts.map(|part| part.hold));
+                self.debts.owe(self.origin, HoldKind::Lease, parts.map(|part| part.hold));
             }
             Reply::Reserved(outcomes) => {
-                self.debts.owe(self.life, HoldKind::Reservation, outcomes.iter().filter_map(granted));
+                self.debts.owe(self.origin, HoldKind::Reservation, outcomes.iter().filter_map(granted));
             }
             _ => {}
         }

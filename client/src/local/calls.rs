@@ -33,7 +33,7 @@ use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::time::timeout_at;
 
 use super::answer::Answer;
-use super::debts::{Debts, Due, Life};
+use super::debts::{Debts, Due, Origin};
 use super::spin::Spin;
 use crate::deadline;
 use crate::failure::Failure;
@@ -52,8 +52,7 @@ pub(super) struct Calls {
     turns: Semaphore,
     doorbell: EventFd,
     debts: Arc<Debts>,
-    /// Where this ring's names come from.
-    life: Life,
+    origin: Origin,
     /// Wakes the thread, which then asks how long it may sleep.
     wake: Arc<EventFd>,
     /// Told whenever something was given back.
@@ -107,13 +106,13 @@ impl Calls {
         };
         let (given_back, spin) = (Notify::new(), Spin::new());
         let turns = Semaphore::new(FRAMES - 1);
-        let life = debts.life();
-        Self { attachment, table: Mutex::new(table), turns, doorbell, wake, debts, life, given_back, spin }
+        let origin = debts.origin();
+        Self { attachment, table: Mutex::new(table), turns, doorbell, wake, debts, origin, given_back, spin }
     }
 
     /// Where this ring's names come from.
-    pub(super) fn life(&self) -> Life {
-        self.life
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
     }
 
     /// Asks, and waits for the answer until the deadline and a moment more. Only answers to what was asked are returned. Dropped in
@@ -147,7 +146,7 @@ impl Calls {
             let is_settled = {
                 let mut table = self.lock();
                 // Who closes takes nothing more.
-                table.is_over || table.ring.is_closing() || (!table.is_giving_back && self.debts.is_empty(self.life))
+                table.is_over || table.ring.is_closing() || (!table.is_giving_back && self.debts.is_empty(self.origin))
             };
             if is_settled || timeout_at(until, given_back).await.is_err() {
                 return;
@@ -166,13 +165,13 @@ impl Calls {
         let pause = table.not_before.map(|at| at.saturating_duration_since(Instant::now()));
         let patience = table.closing_since.filter(|_| !table.waiting.is_empty()).map(closing_left);
         drop(table);
-        pause.into_iter().chain(patience).chain(self.debts.warm_for(self.life)).min()
+        pause.into_iter().chain(patience).chain(self.debts.warm_for(self.origin)).min()
     }
 
     /// Whether nothing is under way, and nothing to be given back.
     pub(super) fn is_idle(&self) -> bool {
         let table = self.lock();
-        table.is_over || (table.waiting.is_empty() && self.debts.is_empty(self.life))
+        table.is_over || (table.waiting.is_empty() && self.debts.is_empty(self.origin))
     }
 
     /// The connection is over: who waits is told, after what has come already.
@@ -190,7 +189,7 @@ impl Calls {
         will_look: bool,
     ) -> Result<oneshot::Receiver<Result<Answer, Failure>>, Failure> {
         let (sender, receiver) = oneshot::channel();
-        if self.debts.warm_up(self.life) {
+        if self.debts.warm_up(self.origin) {
             self.wake_thread();
         }
         self.with(|table| {
@@ -302,13 +301,13 @@ impl Table {
             Who::Call(sender) => {
                 calls.turns.add_permits(1);
                 // Nobody may be there any more: then it is dropped here.
-                let _unheard = sender.send(Ok(Answer::new(reply, calls.life, &calls.debts)));
+                let _unheard = sender.send(Ok(Answer::new(reply, calls.origin, &calls.debts)));
             }
             Who::Debt(due) => {
                 self.is_giving_back = false;
                 if reply == Reply::Busy {
                     self.not_before = Some(Instant::now() + PAUSE);
-                    due.owe_again(&calls.debts, calls.life);
+                    due.owe_again(&calls.debts, calls.origin);
                     calls.wake_thread();
                 }
                 calls.given_back.notify_waiters();
@@ -322,7 +321,7 @@ impl Table {
             return;
         }
         self.not_before = None;
-        let Some(due) = calls.debts.due(calls.life) else { return };
+        let Some(due) = calls.debts.due(calls.origin) else { return };
         let (asked, mut bytes) = (due.request().asked(), Vec::new());
         due.request().encode(&mut bytes);
         let (user_data, verb) = (self.next, asked.verb.number());

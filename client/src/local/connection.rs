@@ -4,7 +4,8 @@
 //! is the daemon's), or somebody here wakes it (there is something to give back, or everybody has gone). It maps memory to be read by
 //! itself; memory to be written is made page by page on a thread of its own, since answers are not to wait for that.
 //!
-//! Views outlive the client that got them: they hold the connection, and the daemon hears `Leave` when the last of them is dropped.
+//! Views and slots outlive the client that got them: they hold the connection, and the daemon hears `Leave` when the last of them is
+//! dropped.
 
 use std::fmt;
 use std::io;
@@ -169,7 +170,7 @@ impl Inner {
                 break heard;
             }
             if self.is_leaving.load(Ordering::Acquire) {
-                // Views of former connections hold what this one has confirmed: the daemon is not left before they are gone.
+                // Views and slots of former connections hold what this one has confirmed: the daemon is not left before they are gone.
                 if self.debts.holds_nothing() {
                     let by = *leave_by.get_or_insert_with(|| Instant::now() + deadline::GRACE);
                     if self.calls.is_idle() || Instant::now() >= by {

@@ -109,14 +109,13 @@ impl Local {
         let Reply::Acquired(Acquired { end, blocks }) = self.ask(&request, deadline).await? else {
             return Err(Failure::Gone);
         };
+        let origin = self.connection.calls().origin();
         let leased = blocks.into_iter().map(|block| {
             let holds = block.parts.iter().map(|part| (part.hold, part.segment, part.offset_bytes));
-            let lease = Held::new(self.connection.calls().life(), HoldKind::Lease, holds, self.connection.debts());
-            lease.map(|lease| Leased { lease, block })
+            let lease = Held::new(origin, HoldKind::Lease, holds, self.connection.debts())?;
+            Some(Leased { block, lease })
         });
-        // Each is looked at, also behind one that nobody holds: what is not held goes back.
-        let leased: Vec<Result<Leased, Failure>> = leased.collect();
-        Ok((end, leased.into_iter().collect::<Result<_, _>>()?))
+        Ok((end, leased.collect::<Option<_>>().ok_or(Failure::Gone)?))
     }
 
     async fn view(&self, wanted: &Wanted<'_>, key: &BlockKey, leased: Leased) -> Result<BlockView, Unusable> {

@@ -13,7 +13,7 @@ use std::ptr;
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 use rustix::io::Errno;
-use tender_proto::sum::{copy_changing, copy_with_sums};
+use tender_proto::sum::{FRAGMENT_BYTES, copy_changing, copy_with_sums, fragment_sum};
 
 /// Populated in one call. The address space is locked for reading meanwhile, so that other threads' `mmap` wait for no more than this.
 const POPULATE_BYTES: usize = 16 << 20;
@@ -108,9 +108,31 @@ impl Mapping {
         assert!(self.is_writable, "a reservation lies in memory that this process may write");
         let to = self.start(offset, payload.len()).cast_mut();
         // SAFETY: `start` has checked that all of `to` lies in a mapping that is live as long as `self`, and it is writable. The caller
-        // holds the reservation, so nobody else in this process uses these bytes; no reference into a mapping exists, so the payload
-        // is somewhere else.
+        // holds the reservation, so nobody else in this process uses these bytes, but by an address that it was given, and then it
+        // answers for it; no reference into a mapping exists, so the payload is somewhere else.
         unsafe { copy_with_sums(payload.as_ptr(), to, payload.len()) }
+    }
+
+    /// Copies bytes to `offset`.
+    ///
+    /// # Panics
+    /// As [`fill`](Self::fill).
+    pub(super) fn write(&self, offset: u64, bytes: &[u8]) {
+        assert!(self.is_writable, "a reservation lies in memory that this process may write");
+        let to = self.start(offset, bytes.len()).cast_mut();
+        // SAFETY: as for `fill`.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    /// The sums of the fragments of what lies at `offset`, each byte read once.
+    pub(super) fn sums(&self, offset: u64, bytes: usize) -> Vec<u64> {
+        let mut fragment = vec![0; FRAGMENT_BYTES.min(bytes)];
+        let sums = (0..bytes).step_by(FRAGMENT_BYTES).map(|start| {
+            let fragment = &mut fragment[..FRAGMENT_BYTES.min(bytes - start)];
+            self.copy_to(offset + start as u64, fragment);
+            fragment_sum(fragment)
+        });
+        sums.collect()
     }
 
     /// # Safety
@@ -179,6 +201,11 @@ mod tests {
         let payload: Vec<u8> = (0..200_001).map(|byte: u32| byte.wrapping_mul(0x9e37_79b9).to_le_bytes()[3]).collect();
         let sums = own.fill(8192, &payload);
         assert_eq!(sums, fragment_sums(&payload));
+        assert_eq!(own.sums(8192, payload.len()), sums);
+        own.write(8192, &[0; 9]);
+        assert_ne!(own.sums(8192, payload.len()), sums);
+        own.write(8192, &payload[..9]);
+        assert_eq!((own.sums(8192, payload.len()), own.sums(8192, 0)), (sums.clone(), vec![]));
         for mapping in [&own, &theirs, &shared] {
             let mut copy = vec![7];
             assert_eq!(mapping.append_with_sums(8192, payload.len(), &mut copy), sums);
@@ -199,8 +226,13 @@ mod tests {
         for beyond in [8185, 8193, u64::MAX] {
             let filled = std::panic::catch_unwind(|| mapping.fill(beyond, &[1; 8]));
             assert!(filled.is_err(), "{beyond}");
+            assert!(std::panic::catch_unwind(|| mapping.write(beyond, &[1; 8])).is_err(), "{beyond}");
+            assert!(std::panic::catch_unwind(|| mapping.sums(beyond, 8)).is_err(), "{beyond}");
         }
-        assert!(std::panic::catch_unwind(|| Mapping::to_read(&file, 8192).unwrap().fill(0, &[1])).is_err());
+        for write in [|mapping: Mapping| drop(mapping.fill(0, &[1])), |mapping: Mapping| mapping.write(0, &[1])] {
+            let to_read = Mapping::to_read(&file, 8192).unwrap();
+            assert!(std::panic::catch_unwind(|| write(to_read)).is_err());
+        }
         let error = Mapping::to_read(&file, 8193).unwrap_err().to_string();
         assert!(error.contains("8192") && error.contains("8193"), "{error}");
     }

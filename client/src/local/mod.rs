@@ -6,6 +6,7 @@
 //!   verb ──► calls ──► ring ─────────────────────────────► daemon          one batch, one answer; no system call while both look
 //!   get  ──► leases ──► view ──► mapping (to read)            │            copied only where somebody else may write
 //!   put  ──► reservations ──► mapping (to write) ──► commit   │            copied and summed in one pass
+//!   slot ──────┘     written by the caller ────────────┘      │            summed where it lies, unless the caller did
 //!               │                                             │
 //!             debts: what is let go of goes back with the next request   connection: the thread that hears bell and socket
 //! ```
@@ -22,6 +23,7 @@ mod mappings;
 mod memory;
 mod opening;
 mod put;
+mod slot;
 mod spin;
 mod view;
 
@@ -38,6 +40,7 @@ use self::connection::Connection;
 pub(crate) use self::get::{Came, Wanted};
 pub use self::memory::{BringError, MemoryState, OwnMemory};
 pub(crate) use self::opening::Estate;
+pub use self::slot::Slot;
 pub(crate) use self::view::LeasedBytes;
 use crate::failure::Failure;
 
@@ -97,11 +100,11 @@ impl Local {
         self.connection.over()
     }
 
-    /// Leaves, and waits a moment; whether the daemon has heard of it. Not while anything is held, be it from a former connection: then
-    /// the last view leaves.
+    /// Leaves, and waits a moment; whether the daemon has heard of it. Not while views or slots are held, be they of a former connection:
+    /// then the last of them leaves.
     pub(crate) async fn leave(&self) -> bool {
-        let is_free = Arc::strong_count(&self.connection) == 1 && self.connection.debts().holds_nothing();
-        is_free && self.connection.leave().await
+        let is_last = Arc::strong_count(&self.connection) == 1 && self.connection.debts().holds_nothing();
+        is_last && self.connection.leave().await
     }
 
     async fn ask(&self, request: &Request<'_>, deadline: Duration) -> Result<Reply, Failure> {

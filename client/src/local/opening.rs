@@ -30,7 +30,7 @@ const DESCRIPTORS: usize = 4;
 /// What outlives a connection: books, and what was mapped, for when the daemon was started again.
 #[derive(Debug, Default)]
 pub(crate) struct Estate {
-    debts: Arc<Debts>,
+    pub(crate) debts: Arc<Debts>,
     pub(crate) brought: Arc<Brought>,
     former: Mutex<Option<Former>>,
 }
@@ -59,8 +59,8 @@ pub(super) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -
     Ok(connection)
 }
 
-/// Says what is held. What the daemon does not know any more can be read no longer than until somebody else gets the slot: there is
-/// nobody to be told but the log.
+/// Says what is held. What the daemon does not know any more is in the books no more. Who fills such a slot finds out at the commit; who
+/// reads one can do so no longer than until somebody else gets the slot, and is told by the log alone.
 async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {
     // What is not named is given back with the last, which names nothing.
     for piece in held.chunks(CONFIRMS_PER_ENTRY_MAX).chain([&[][..]]) {
@@ -68,9 +68,15 @@ async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {
         let Ok(Reply::Confirmed(confirmed)) = reply else {
             return Err(io::Error::other("the daemon does not confirm what is held"));
         };
-        let lost = piece.len() - confirmed.count_ones();
-        if lost > 0 {
-            tracing::warn!(lost, "what was leased before the daemon was started again is not any more");
+        let lost: Vec<_> =
+            piece.iter().zip(confirmed.iter()).filter(|(_, is_held)| !is_held).map(|(held, _)| held.hold).collect();
+        if !lost.is_empty() {
+            let lost_count = lost.len();
+            tracing::warn!(
+                lost_count,
+                "what was leased or reserved before the daemon was started again is not any more"
+            );
+            connection.debts().lose(connection.calls().origin(), lost);
         }
     }
     Ok(())

@@ -6,13 +6,14 @@
 //!             └─ the call failed because the daemon is gone or forgot us: Links::another, then again, twice at most
 //! ```
 //! `connection` is the way there, `link` the attachment, `crate::local` the ring, `crate::failure` why there was no answer,
-//! `crate::deadline` how long to wait for one; `put`, `get` and `watch` are the verbs that stream over gRPC. The others are short and
-//! stand here.
+//! `crate::deadline` how long to wait for one; `put`, `get` and `watch` are the verbs that stream over gRPC, `reserve` a put whose
+//! slots the caller fills. The others are short and stand here.
 
 mod connection;
 mod get;
 mod link;
 mod put;
+mod reserve;
 mod watch;
 
 use std::future::Future;
@@ -94,7 +95,8 @@ impl Remote {
     /// log), and its own memory is used; where there is no ring, memory waits for one. When no block lies there any more and none will,
     /// the memory is the caller's own again, and may be brought again.
     ///
-    /// Only where blocks lie changes: [`put`](BlockStore::put) copies its payloads there as it does otherwise.
+    /// Only where blocks lie changes: [`put`](BlockStore::put) copies its payloads there as it does otherwise, and the slots that
+    /// [`reserve`](Self::reserve) gives lie there.
     pub fn bring(&self, memory: &OwnMemory) -> Result<(), BringError> {
         self.links.estate().brought.add(memory)
     }
@@ -105,8 +107,8 @@ impl Remote {
     }
 
     /// Leaves, and waits until the daemon has heard of it (milliseconds; where it does not answer, at most three seconds), which a drop
-    /// does not: what a drop starts ends with the runtime. While there are other clones nothing happens, as with a drop; while there are
-    /// views, the last of them leaves.
+    /// does not: what a drop starts ends with the runtime. While there are other clones nothing happens, as with a drop. What is leased or reserved stays so: the last
+    /// view or slot leaves.
     pub async fn close(self) {
         if let Some(links) = Arc::into_inner(self.links) {
             links.close().await;

@@ -62,8 +62,16 @@ pub struct Script {
     pub busy: usize,
     /// Answer everything with bytes that are no reply.
     pub babbles: bool,
+    /// Carry out what is asked and answer nothing.
+    pub swallows: bool,
     /// Close all rings; the sockets stay.
     pub closes: bool,
+    /// End so many rings and their sockets, at once.
+    pub ends: usize,
+    /// What a ring held, and its memory, outlive it for who comes again: as when a worker is started again.
+    pub keeps: bool,
+    /// Say that nothing is confirmed, though it stands.
+    pub denies: bool,
     /// Offer memory to write; not before this is so.
     pub offers: bool,
     /// What becomes of memory that is brought.
@@ -131,7 +139,11 @@ impl Default for Script {
             holds: false,
             busy: 0,
             babbles: false,
+            swallows: false,
             closes: false,
+            ends: 0,
+            keeps: false,
+            denies: false,
             offers: true,
             bringing: Bringing::Taken,
             forgets: false,
@@ -214,7 +226,7 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     let mut message = [0; MESSAGE_BYTES];
     // Who connects and goes again, at the end of a test, wants nothing.
     let Ok(came) = descriptors::receive(socket.as_fd(), &mut message, 1, soon()) else { return };
-    let Ok(ToDaemon::Open { attachment, former: _ }) = ToDaemon::decode(&message) else { panic!("{message:?}") };
+    let Ok(ToDaemon::Open { attachment, former }) = ToDaemon::decode(&message) else { panic!("{message:?}") };
     let process = Process::from_fd(came.into_iter().next().unwrap()).unwrap();
     assert!(process.same_process(rustix::process::getpid()));
     let say = |said: ToClient, fds: &[&OwnedFd]| {
@@ -233,7 +245,18 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     let mut ring = DaemonRing::format(memory).unwrap();
     let (doorbell, (bell, listener)) = (EventFd::new().unwrap(), Bell::new().unwrap());
     let doorbell_copy = doorbell.as_fd().try_clone_to_owned().unwrap();
-    let own = Slots::file(OWN_BYTES);
+    // The end of its ring may not have been noticed yet.
+    let until = soon();
+    let left = loop {
+        let left = slots.lock().unwrap().left.remove(&former);
+        let is_awaited = left.is_none() && former != 0 && script.lock().unwrap().keeps && Instant::now() < until;
+        if !is_awaited {
+            break left;
+        }
+        thread::sleep(Duration::from_millis(1));
+    };
+    let is_kept = left.is_some();
+    let (own, kept) = left.unwrap_or_else(|| (Slots::file(OWN_BYTES), HashSet::new()));
     let shared = slots.lock().unwrap().shared.try_clone().unwrap();
     let brought_bytes = if bringing == Bringing::Unknown { 0 } else { OWN_BYTES };
     let opened = ToClient::Opened { shared_bytes: FILE_BYTES, verify, brought_bytes };
@@ -242,17 +265,24 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
     script.lock().unwrap().opened += 1;
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let first_hold = script.lock().unwrap().next_hold;
-    let (holds, confirmed) = (HashSet::new(), HashSet::new());
-    let mut client = Client { node, script, slots, own, attachment, first_hold, holds, confirmed, is_mapped: false };
+    let (holds, confirmed) = (kept, HashSet::new());
+    let mut client = Client { node, script, slots, own, attachment, first_hold, holds, confirmed, is_mapped: is_kept };
     let mut put_off: Vec<(Submission, Ticket, Vec<u8>)> = Vec::new();
     let (mut request, mut reply) = (Vec::new(), Vec::new());
     let (mut filled, mut is_awake, mut is_closed) = (0, true, false);
-    let (mut is_offered, mut files) = (false, Vec::new());
+    let (mut is_offered, mut files) = (is_kept, Vec::new());
     while !is_over.load(Ordering::Relaxed) {
-        let (holds, babbles, closes, offers, forgets) = {
+        {
+            let mut script = client.script.lock().unwrap();
+            if script.ends > 0 {
+                script.ends -= 1;
+                break;
+            }
+        }
+        let (holds, babbles, swallows, closes, offers, forgets) = {
             let mut script = client.script.lock().unwrap();
             let forgets = std::mem::take(&mut script.forgets);
-            (script.holds, script.babbles, script.closes, script.offers, forgets)
+            (script.holds, script.babbles, script.swallows, script.closes, script.offers, forgets)
         };
         if forgets {
             client.is_mapped = false;
@@ -280,6 +310,9 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
                 if babbles {
                     reply = vec![255; 9];
                     client.end_all();
+                }
+                if swallows {
+                    continue;
                 }
                 ring.complete(ticket, answer.status().number(), &reply);
                 is_news = true;
@@ -342,7 +375,12 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
             said => panic!("{said:?}"),
         }
     }
-    client.end_all();
+    if client.script.lock().unwrap().keeps {
+        let left = (client.own, std::mem::take(&mut client.holds));
+        client.slots.lock().unwrap().left.insert(attachment, left);
+    } else {
+        client.end_all();
+    }
 }
 
 /// A client as the door knows it.

@@ -1,6 +1,6 @@
 //! Memory files of the fake local door, and what its ring answers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 use bytes::Bytes;
@@ -23,6 +23,8 @@ const PAGE_BYTES: u64 = 4096;
 pub struct Slots {
     pub shared: OwnedFd,
     pub theirs: OwnedFd,
+    /// Of attachments whose rings have ended: memory and holds.
+    pub left: HashMap<u64, (OwnedFd, HashSet<u64>)>,
     next: u64,
     free: HashMap<u64, Vec<u64>>,
 }
@@ -30,7 +32,8 @@ pub struct Slots {
 impl Slots {
     pub fn new() -> Self {
         // Nothing at 0, so that a forgotten offset is noticed.
-        Self { shared: Self::file(FILE_BYTES), theirs: Self::file(FILE_BYTES), next: PAGE_BYTES, free: HashMap::new() }
+        let (shared, theirs) = (Self::file(FILE_BYTES), Self::file(FILE_BYTES));
+        Self { shared, theirs, left: HashMap::new(), next: PAGE_BYTES, free: HashMap::new() }
     }
 
     pub fn file(bytes: u64) -> OwnedFd {
@@ -117,7 +120,8 @@ impl Client {
             Request::Confirm(held) => {
                 self.confirmed.extend(held.iter().map(|held| held.hold.0));
                 let script = self.script.lock().unwrap();
-                let is_held = |held: &tender_client::proto::door::Held| script.held.contains_key(&held.hold.0);
+                let is_held =
+                    |held: &tender_client::proto::door::Held| !script.denies && script.held.contains_key(&held.hold.0);
                 Reply::Confirmed(held.iter().map(is_held).collect())
             }
         }

@@ -2,6 +2,7 @@
 
 mod faults;
 mod memory;
+mod slots;
 
 use std::time::Duration;
 
