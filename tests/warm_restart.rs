@@ -121,6 +121,24 @@ async fn blocks_in_host_memory_are_hit_there_after_the_worker_was_killed() {
     daemon.stop();
 }
 
+/// Memory goes by a tenant's place in the configuration, which each worker reads anew.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_worker_serves_one_tenants_memory_under_the_name_of_another() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    Run::new(&store, 1, 100).put(&store).await;
+    let file = site.path("tender.toml");
+    let config = std::fs::read_to_string(&file).unwrap();
+    let (first, second) = config.split_at(config.rfind("[[tenants]]").unwrap());
+    std::fs::write(&file, format!("{second}{first}")).unwrap();
+    let said = daemon.kill_worker_for_good();
+    assert!(said.contains("tenant 1 is `other` now") && said.contains("start it anew"), "{said}");
+    drop(store);
+    // Another daemon makes memory of its own.
+    site.start_ready().await.stop();
+}
+
 /// The lock of a tier file, as a dead worker's last requests hold it: had as soon as a worker has died, and for so long as the test likes.
 async fn killed_worker_with_lock_held(daemon: &support::site::Running, file: &std::path::Path) -> std::fs::File {
     let file = std::fs::File::open(file).unwrap();

@@ -30,6 +30,7 @@ use crate::request::identity::{Identities, TokenError};
 use crate::request::listen::{ListenError, Listeners, Operators};
 use crate::request::server::{BlocksServer, random};
 use crate::size::Size;
+use crate::tier::disk::format::tenant_tag;
 use crate::tier::disk::recover::RecoverError;
 use crate::tier::host::records::Records;
 use crate::verb::Verb;
@@ -88,7 +89,7 @@ pub enum StartError {
     #[error("cannot serve metrics on {0}: {1}; give another --metrics, or none")]
     Metrics(std::net::SocketAddr, String),
     /// What the keeper hands over.
-    #[error("the keeper's memory cannot be used: {0}; stop the daemon and start it anew")]
+    #[error("the keeper's memory cannot be used: {0}; stop the daemon and start it anew, with empty host memory")]
     Keeper(io::Error),
     /// Threads, runtime, serving.
     #[error("the system refuses a thread or a socket: {0}")]
@@ -139,7 +140,32 @@ fn die_with_keeper() -> io::Result<()> {
     Ok(())
 }
 
-/// That the memory is the one that the configuration speaks of: another worker's may have been started from another one.
+/// That the memory is the one that the configuration speaks of: it is read anew by each worker, and memory goes by a tenant's place in it.
+fn check_memory(config: &Config, handed: &Handed) -> io::Result<()> {
+    let refuse = |why: String| {
+        let why = format!("the configuration has changed: {why}");
+        Err(io::Error::new(io::ErrorKind::InvalidInput, why))
+    };
+    let (files, tenants) = (handed.memory.len(), config.tenants.len());
+    let (bytes, wanted) = (handed.memory.iter().map(SharedFile::bytes).min().unwrap_or(0), config.host.bytes());
+    if files != tenants || bytes != wanted {
+        return refuse(format!(
+            "memory was made for {files} tenants and {} each, but {tenants} and {} are wanted",
+            Size(bytes),
+            Size(wanted)
+        ));
+    }
+    let tenants = config.tenants.iter().zip(&handed.memory_tags).zip(1..);
+    let mut moved = tenants.filter(|((tenant, tag), _)| **tag != [0; 16] && **tag != tenant_tag(&tenant.name));
+    match moved.next() {
+        None => Ok(()),
+        Some(((tenant, _), place)) => refuse(format!(
+            "tenant {place} is `{}` now, but memory was made for another one in that place",
+            tenant.name
+        )),
+    }
+}
+
 /// Maps what holds blocks from before, as it is. What clients were offered and did not use yet is forgotten.
 fn take_memory_back(
     core: &Core,
@@ -169,27 +195,11 @@ fn take_memory_back(
     }
 }
 
-fn check_memory(config: &Config, handed: &Handed) -> io::Result<()> {
-    let (files, tenants) = (handed.memory.len(), config.tenants.len());
-    let (bytes, wanted) = (handed.memory.iter().map(SharedFile::bytes).min().unwrap_or(0), config.host.bytes());
-    if files == tenants && bytes == wanted {
-        return Ok(());
-    }
-    Err(io::Error::new(
-        io::ErrorKind::InvalidInput,
-        format!(
-            "the configuration has changed: memory was made for {files} tenants and {} each, but {tenants} and {} are wanted",
-            Size(bytes),
-            Size(wanted)
-        ),
-    ))
-}
-
 async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), StartError> {
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
-    let Handed { sockets, memory, table, members, ingest, next_mapping } = handed;
+    let Handed { sockets, memory, memory_tags: _, table, members, ingest, next_mapping } = handed;
     let Sockets { unix, door, tcp } = sockets;
     let listeners = Listeners::new(unix, tcp).map_err(StartError::System)?;
     let memory: Arc<[SharedFile]> = memory.into();

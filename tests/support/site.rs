@@ -189,6 +189,14 @@ impl Running {
         wait_until("the next worker", || super::children_of(keeper).iter().any(|child| *child != worker));
     }
 
+    /// kill -9 of the worker, where no other one can follow: all that was said when the daemon has ended, which must be badly.
+    pub fn kill_worker_for_good(mut self) -> String {
+        signal(super::children_of(self.child.id())[0], "KILL");
+        let status = self.ends_within(super::PATIENCE).expect("a daemon that cannot go on ends");
+        assert!(!status.success() && !self.said().contains("panicked"), "{status}: {}", self.said());
+        self.said()
+    }
+
     fn ends_within(&mut self, patience: Duration) -> Option<ExitStatus> {
         let began = Instant::now();
         loop {

@@ -14,12 +14,14 @@ use crate::limits;
 use crate::request::listen::Bound;
 use crate::serve::StartError;
 use crate::size::Size;
+use crate::tier::disk::format::tenant_tag;
 use crate::tier::host::records::Geometry;
 
 /// Sockets, memory, and what workers have deposited.
 pub(super) struct Kept {
     sockets: Bound,
-    memory: Vec<SharedFile>,
+    /// By tenant, with the tags of their names.
+    memory: Vec<(SharedFile, [u8; 16])>,
     table: TableFile,
     /// By attachment: tenant and pidfd.
     members: BTreeMap<u64, (u32, OwnedFd)>,
@@ -57,9 +59,9 @@ impl Kept {
         let say = |said: Said, with: &[BorrowedFd<'_>]| said.send(socket.as_fd(), with, deadline);
         let sockets = self.sockets.descriptors();
         say(Said::Sockets { has_tcp: sockets.len() == 3 }, &sockets)?;
-        for (file, tenant) in self.memory.iter().zip(0..) {
+        for ((file, tag), tenant) in self.memory.iter().zip(0..) {
             let is_read_only_mount = file.protection() == Protection::ReadOnlyMount;
-            say(Said::Memory { tenant, is_read_only_mount }, &[file.writable(), file.read_only()])?;
+            say(Said::Memory { tenant, is_read_only_mount, tag: *tag }, &[file.writable(), file.read_only()])?;
         }
         say(Said::Table { bytes: self.table.bytes() }, &[self.table.descriptor()])?;
         for (&attachment, (tenant, pidfd)) in &self.members {
@@ -99,9 +101,10 @@ pub(crate) fn records_of(config: &Config) -> Geometry {
     }
 }
 
-fn make_memory(config: &Config) -> Result<(Vec<SharedFile>, TableFile), StartError> {
+fn make_memory(config: &Config) -> Result<(Vec<(SharedFile, [u8; 16])>, TableFile), StartError> {
     let error = |source| StartError::Memory { size: Size(config.host.bytes()), source };
-    let files = config.tenants.iter().map(|_| SharedFile::create(config.host.bytes()));
+    let make = |tag| Ok((SharedFile::create(config.host.bytes())?, tag));
+    let files = config.tenants.iter().map(|tenant| make(tenant_tag(&tenant.name)));
     let memory = files.collect::<io::Result<Vec<_>>>().map_err(error)?;
     let table = TableFile::create(records_of(config).table_bytes()).map_err(error)?;
     Ok((memory, table))

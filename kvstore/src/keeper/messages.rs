@@ -8,7 +8,8 @@
 //!
 //! keeper to worker, at its start                                                            descriptors
 //!  1 Sockets   u8 has_tcp                                                                   gRPC, local door, (TCP)
-//!  2 Memory    u32 tenant, u8 is_read_only_mount                                            for writing, for reading
+//!  2 Memory    u32 tenant, u8 is_read_only_mount, 16 bytes tag of the tenant's name         for writing, for reading
+//!              (a tag of 0: the keeper is older and does not say)
 //!  3 Table     u64 bytes                                                                    the table
 //!  4 Member    u64 attachment, u32 tenant                                                   its pidfd
 //!  5 Ingest    u64 writer, u32 segment, u32 mapping, u32 tenant                             the file
@@ -51,6 +52,9 @@ pub enum Said {
         tenant: u32,
         /// How it is protected.
         is_read_only_mount: bool,
+        /// Whose it is, by the tag of its name: the place is one in a file that may have been changed since. 0 of a keeper that does
+        /// not say.
+        tag: [u8; 16],
     },
     /// Records of host memory.
     Table {
@@ -111,9 +115,10 @@ impl Said {
                 put(&[u8::from(has_tcp)]);
                 1
             }
-            Self::Memory { tenant, is_read_only_mount } => {
+            Self::Memory { tenant, is_read_only_mount, tag } => {
                 put(&tenant.to_le_bytes());
                 put(&[u8::from(is_read_only_mount)]);
+                put(&tag);
                 2
             }
             Self::Table { bytes } => {
@@ -160,7 +165,11 @@ impl Said {
         }
         Ok(match kind {
             1 => Self::Sockets { has_tcp: bytes[8] != 0 },
-            2 => Self::Memory { tenant: u32_at(8), is_read_only_mount: bytes[12] != 0 },
+            2 => Self::Memory {
+                tenant: u32_at(8),
+                is_read_only_mount: bytes[12] != 0,
+                tag: std::array::from_fn(|i| bytes[13 + i]),
+            },
             3 => Self::Table { bytes: u64_at(8) },
             4 => Self::Member { attachment: u64_at(8), tenant: u32_at(16) },
             5 => Self::Ingest { writer: u64_at(8), segment: u32_at(16), mapping: u32_at(20), tenant: u32_at(24) },
@@ -200,8 +209,8 @@ mod tests {
     fn what_is_said_is_understood() {
         for said in [
             Said::Sockets { has_tcp: true },
-            Said::Memory { tenant: 63, is_read_only_mount: true },
-            Said::Memory { tenant: 0, is_read_only_mount: false },
+            Said::Memory { tenant: 63, is_read_only_mount: true, tag: [0xf1; 16] },
+            Said::Memory { tenant: 0, is_read_only_mount: false, tag: [0; 16] },
             Said::Table { bytes: u64::MAX },
             Said::Member { attachment: u64::MAX, tenant: 7 },
             Said::Ingest { writer: 1 << 60, segment: 3, mapping: u32::MAX, tenant: 5 },

@@ -66,6 +66,8 @@ pub struct Handed {
     pub sockets: Sockets,
     /// Shared memory, by tenant.
     pub memory: Vec<SharedFile>,
+    /// Tags of the names of the tenants that it was made for; 0 where the keeper does not say.
+    pub memory_tags: Vec<[u8; 16]>,
     /// Records of host memory.
     pub table: TableFile,
     /// Processes from before.
@@ -81,7 +83,8 @@ impl Keeper {
     pub fn meet(socket: OwnedFd, segment_bytes: u64) -> io::Result<(Self, Handed)> {
         let deadline = Instant::now() + PATIENCE;
         let (mut sockets, mut table) = (None, None);
-        let (mut memory, mut members, mut ingest) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut memory, mut memory_tags) = (Vec::new(), Vec::new());
+        let (mut members, mut ingest) = (Vec::new(), Vec::new());
         loop {
             let (said, with) = Said::receive(socket.as_fd(), deadline)?;
             let mut with = with.into_iter();
@@ -92,7 +95,8 @@ impl Keeper {
                     let tcp = has_tcp.then(next).transpose()?.map(Into::into);
                     sockets = Some(Sockets { unix, door, tcp });
                 }
-                Said::Memory { is_read_only_mount, .. } => {
+                Said::Memory { is_read_only_mount, tag, .. } => {
+                    memory_tags.push(tag);
                     let protection =
                         if is_read_only_mount { Protection::ReadOnlyMount } else { Protection::OtherUserOnly };
                     memory.push(SharedFile::adopt(next()?, next()?, protection)?);
@@ -113,7 +117,7 @@ impl Keeper {
                 Said::Begin { next_mapping } => {
                     let sockets = sockets.ok_or_else(|| missing(said))?;
                     let table = table.ok_or_else(|| missing(said))?;
-                    let handed = Handed { sockets, memory, table, members, ingest, next_mapping };
+                    let handed = Handed { sockets, memory, memory_tags, table, members, ingest, next_mapping };
                     return Ok((Self { socket: Mutex::new(socket) }, handed));
                 }
                 other => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{other:?} at the start"))),
