@@ -139,6 +139,27 @@ async fn no_worker_serves_one_tenants_memory_under_the_name_of_another() {
     site.start_ready().await.stop();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn host_memory_outlives_a_binary_that_is_missing_when_the_next_worker_is_to_be_started() {
+    let mut site = site();
+    let binary = site.copy_binary();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let run = Run::new(&store, 1, 200);
+    run.put(&store).await;
+    let away = site.path("away");
+    std::fs::rename(&binary, &away).unwrap();
+    daemon.kill_this_worker();
+    let refused = || daemon.said().matches("does not start the next daemon").count();
+    support::wait_until("two refusals of the system", || refused() >= 2);
+    std::fs::rename(&away, &binary).unwrap();
+    support::wait_until("the next worker", || {
+        support::run(support::tender().arg("status").arg("--socket").arg(site.socket())).status.success()
+    });
+    run.expect(&store, Some(Tier::Host)).await;
+    daemon.stop();
+}
+
 /// The lock of a tier file, as a dead worker's last requests hold it: had as soon as a worker has died, and for so long as the test likes.
 async fn killed_worker_with_lock_held(daemon: &support::site::Running, file: &std::path::Path) -> std::fs::File {
     let file = std::fs::File::open(file).unwrap();

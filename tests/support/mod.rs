@@ -16,7 +16,12 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The binary, with nothing of the caller's environment that it would listen to.
 pub fn tender() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_tender"));
+    tender_at(Path::new(env!("CARGO_BIN_EXE_tender")))
+}
+
+/// The same of a binary at another place.
+pub fn tender_at(binary: &Path) -> Command {
+    let mut command = Command::new(binary);
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("TENDER_")) {
         command.env_remove(name);
     }

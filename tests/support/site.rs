@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tender_client::proto::wire::{StatusReply, Tier, TierStatus};
 use tender_client::{Attach, Operator, Remote, Target};
 
-use super::{run, signal, tender, wait_until};
+use super::{run, signal, tender, tender_at, wait_until};
 
 /// A token that is long enough.
 pub const TOKEN: &str = "0123456789abcdef0123456789abcdef";
@@ -24,6 +24,8 @@ const REFUSAL: Duration = Duration::from_secs(30);
 pub struct Site {
     folder: TempDir,
     flags: Vec<String>,
+    /// Another file than that of the tests.
+    binary: Option<PathBuf>,
     /// Whether the configuration, and no flag, names the folders of the tier files.
     configures_folders: bool,
 }
@@ -32,7 +34,7 @@ impl Site {
     /// Its daemons get these flags besides socket and folder.
     pub fn new(flags: &[&str]) -> Self {
         let flags = flags.iter().map(|&flag| flag.to_owned()).collect();
-        Self { folder: TempDir::new().unwrap(), flags, configures_folders: false }
+        Self { folder: TempDir::new().unwrap(), flags, binary: None, configures_folders: false }
     }
 
     /// Small tiers: 64 MiB of host memory, 128 MiB of disk.
@@ -58,6 +60,14 @@ impl Site {
         site.configure(&format!("dirs = [{}]\n", folders.join(", ")));
         site.configures_folders = true;
         site
+    }
+
+    /// Daemons started from now on are of a copy of the binary, which this is.
+    pub fn copy_binary(&mut self) -> PathBuf {
+        let copy = self.path("tender");
+        fs::copy(env!("CARGO_BIN_EXE_tender"), &copy).unwrap();
+        self.binary = Some(copy.clone());
+        copy
     }
 
     /// A configuration file, for daemons started from now on.
@@ -109,7 +119,7 @@ impl Site {
 
     /// `tender serve` with this site's flags.
     pub fn command(&self) -> Command {
-        let mut command = tender();
+        let mut command = self.binary.as_deref().map_or_else(tender, tender_at);
         command.arg("serve").arg("--socket").arg(self.socket()).args(&self.flags);
         if !self.configures_folders {
             command.arg("--dir").arg(self.path("data"));
@@ -189,9 +199,14 @@ impl Running {
         wait_until("the next worker", || super::children_of(keeper).iter().any(|child| *child != worker));
     }
 
+    /// kill -9 of the worker.
+    pub fn kill_this_worker(&self) {
+        signal(super::children_of(self.child.id())[0], "KILL");
+    }
+
     /// kill -9 of the worker, where no other one can follow: all that was said when the daemon has ended, which must be badly.
     pub fn kill_worker_for_good(mut self) -> String {
-        signal(super::children_of(self.child.id())[0], "KILL");
+        self.kill_this_worker();
         let status = self.ends_within(super::PATIENCE).expect("a daemon that cannot go on ends");
         assert!(!status.success() && !self.said().contains("panicked"), "{status}: {}", self.said());
         self.said()

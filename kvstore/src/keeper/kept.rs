@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use super::messages::Said;
@@ -55,8 +54,8 @@ impl Kept {
     }
 
     /// Hands all of it to a worker that just started.
-    pub(super) fn hand_over(&self, socket: &UnixStream, deadline: Instant) -> io::Result<()> {
-        let say = |said: Said, with: &[BorrowedFd<'_>]| said.send(socket.as_fd(), with, deadline);
+    pub(super) fn hand_over(&self, socket: BorrowedFd<'_>, deadline: Instant) -> io::Result<()> {
+        let say = |said: Said, with: &[BorrowedFd<'_>]| said.send(socket, with, deadline);
         let sockets = self.sockets.descriptors();
         say(Said::Sockets { has_tcp: sockets.len() == 3 }, &sockets)?;
         for ((file, tag), tenant) in self.memory.iter().zip(0..) {

@@ -8,6 +8,7 @@
 //!
 //!  worker ends by itself        the keeper ends, with the same status
 //!  worker is killed, crashes    the next one is started; memory that two in a row could not start from is made anew
+//!  no worker can be started     (no process, no memory, no binary for a moment) tried again after a pause; memory stays
 //!  keeper is killed             the worker is killed by the system: host memory is lost, the disk tier recovers
 //!  SIGTERM                      passed on; the worker drains
 //!  Replace                      the worker ends what is under way and exits; the next one is started from the binary that is there then
@@ -19,6 +20,7 @@ mod messages;
 mod worker;
 
 use std::io;
+use std::os::fd::AsFd;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -41,6 +43,10 @@ const HANDOVER: Duration = Duration::from_secs(5);
 const CRASHES_MAX: usize = 8;
 const CRASHES_WITHIN: Duration = Duration::from_secs(60);
 
+/// Pause after the first start that the system refused, and so much longer after each further one: the eighth is 36 s later, and an
+/// upgrade that moves the binary away has long brought the next one by then.
+const SPAWN_PAUSE: Duration = Duration::from_secs(1);
+
 /// Starts from the same memory that may fail before it is made anew.
 const WARM_STARTS_MAX: u32 = 2;
 
@@ -61,23 +67,36 @@ pub fn keep(config: &Config, worker: impl Fn() -> std::process::Command) -> Resu
         let mut kept = Kept::new(config)?;
         let mut crashes: Vec<Instant> = Vec::new();
         let mut failed_starts = 0;
+        let mut is_first = true;
         loop {
-            let life = live(&mut kept, &mut signals, worker()).await.map_err(StartError::System)?;
-            if life.asked_to_end {
-                return Ok(if life.ended_well || !life.exited { Ended::Well } else { Ended::Badly });
+            let life = match live(&mut kept, &mut signals, worker()).await {
+                Ok(life) => Some(life),
+                // Nothing is lost yet, and whoever made this start is there to hear why it fails.
+                Err(error) if is_first => return Err(StartError::System(error)),
+                Err(error) => {
+                    eprintln!("tender: the system does not start the next daemon: {error}; it is tried again, with the same memory");
+                    None
+                }
+            };
+            is_first = false;
+            if let Some(life) = &life {
+                if life.asked_to_end {
+                    return Ok(if life.ended_well || !life.exited { Ended::Well } else { Ended::Badly });
+                }
+                if life.exited && !life.is_replaced {
+                    return Ok(if life.ended_well { Ended::Well } else { Ended::Badly });
+                }
+                if life.is_replaced {
+                    continue;
+                }
+                failed_starts = if life.served { 0 } else { failed_starts + 1 };
             }
-            if life.exited && !life.is_replaced {
-                return Ok(if life.ended_well { Ended::Well } else { Ended::Badly });
-            }
-            if life.is_replaced {
-                continue;
-            }
-            failed_starts = if life.served { 0 } else { failed_starts + 1 };
             crashes.retain(|crash| crash.elapsed() < CRASHES_WITHIN);
             crashes.push(Instant::now());
             if crashes.len() > CRASHES_MAX {
                 eprintln!(
-                    "tender: the daemon crashed {CRASHES_MAX} times within {} s; look at its last words above, and start it again",
+                    "tender: the daemon crashed, or could not be started, more than {CRASHES_MAX} times within {} s; look at its last \
+                     words above, and start it again",
                     CRASHES_WITHIN.as_secs()
                 );
                 return Ok(Ended::Badly);
@@ -86,6 +105,13 @@ pub fn keep(config: &Config, worker: impl Fn() -> std::process::Command) -> Resu
                 eprintln!("tender: host memory is made anew, since {failed_starts} starts from it failed");
                 kept.renew_memory(config)?;
                 failed_starts = 0;
+            }
+            if life.is_none() {
+                let pause = SPAWN_PAUSE * crashes.len() as u32;
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = signals.next() => return Ok(Ended::Well),
+                }
             }
         }
     })
@@ -121,21 +147,21 @@ struct Life {
     is_replaced: bool,
 }
 
-/// One worker, from its start to its end.
+/// One worker, from its start to its end. An error: none was started.
 async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Command) -> io::Result<Life> {
     let mut life = Life::default();
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    let ours = UnixStream::from_std(ours)?;
     let mut command = Command::from(worker);
     command.stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
     let mut child = command.kill_on_drop(true).spawn()?;
     // Whoever holds the worker's end is the worker alone: its death is heard.
     drop(command);
-    if let Err(error) = kept.hand_over(&ours, Instant::now() + HANDOVER) {
+    if let Err(error) = kept.hand_over(ours.as_fd(), Instant::now() + HANDOVER) {
         // It died at once, or cannot be spoken to; its own last words say why.
         tracing::debug!("handing over failed: {error}");
     }
-    ours.set_nonblocking(true)?;
-    let ours = UnixStream::from_std(ours)?;
     loop {
         tokio::select! {
             status = child.wait() => {
@@ -156,7 +182,6 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                 Ok((Said::Serving, _)) => life.served = true,
                 Ok((Said::Replace, _)) => {
                     life.is_replaced = true;
-                        use std::os::fd::AsFd;
                     // One that does not take it is dying.
                     let _ = Said::Retire.send(ours.as_fd(), &[], Instant::now() + HANDOVER);
                 }
@@ -174,7 +199,6 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
 
 /// One message, if it is there.
 fn hear(socket: &UnixStream) -> io::Result<(Said, Vec<std::os::fd::OwnedFd>)> {
-    use std::os::fd::AsFd;
     /// A message is sent in one piece.
     const WHOLE: Duration = Duration::from_millis(100);
     let mut first = [0];
