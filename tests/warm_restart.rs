@@ -149,7 +149,7 @@ async fn host_memory_outlives_a_binary_that_is_missing_when_the_next_worker_is_t
     run.put(&store).await;
     let away = site.path("away");
     std::fs::rename(&binary, &away).unwrap();
-    daemon.kill_this_worker();
+    daemon.signal_worker("KILL");
     let refused = || daemon.said().matches("does not start the next daemon").count();
     support::wait_until("two refusals of the system", || refused() >= 2);
     std::fs::rename(&away, &binary).unwrap();
@@ -158,6 +158,15 @@ async fn host_memory_outlives_a_binary_that_is_missing_when_the_next_worker_is_t
     });
     run.expect(&store, Some(Tier::Host)).await;
     daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_stands_still_is_killed_when_it_should_have_ended() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    daemon.signal_worker("STOP");
+    daemon.stop();
+    site.start_ready().await.stop();
 }
 
 /// The lock of a tier file, as a dead worker's last requests hold it: had as soon as a worker has died, and for so long as the test likes.

@@ -104,6 +104,14 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// How long a daemon that was asked to stop may write back what is only in memory.
 pub const DRAIN: Duration = Duration::from_secs(10);
 
+/// How long a daemon that stops waits for what its disks have in flight after all else has ended: a disk that has not answered by then is
+/// stalled, and for what it does later the system holds the lock of its file.
+pub const STOP_IO: Duration = Duration::from_secs(5);
+
+/// After which the keeper kills a worker that it has asked to end: the drain and what the core may take longer (10 + 5 s), the last words of
+/// requests (1 s), disks (5 s) come to 21 s. Less than the 30 s that a service manager gives both.
+pub const STOP: Duration = Duration::from_secs(25);
+
 /// Smallest and largest segment; between them the arena has about 64 (a disk 512), so that a size class can have a small share.
 pub const SEGMENT_BYTES_MIN: u64 = 16 << 20;
 /// An io_uring fixed buffer is at most 1 GiB.

@@ -314,8 +314,23 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     const LAST_WORDS: Duration = Duration::from_secs(1);
     let _ = tokio::time::timeout(LAST_WORDS, server).await;
     handle.stop();
-    let _ = tokio::task::spawn_blocking(move || (core_thread.join(), door.stop())).await;
-    tracing::info!("stopped");
+    let (ended, end) = oneshot::channel();
+    // Not a task of the runtime, which would wait for it at its end.
+    let ending = std::thread::Builder::new().name("tender-end".to_owned()).spawn(move || {
+        let _ = core_thread.join();
+        door.stop();
+        let _ = ended.send(());
+    });
+    ending.map_err(StartError::System)?;
+    match tokio::time::timeout(limits::STOP_IO, end).await {
+        Ok(_) => tracing::info!("stopped"),
+        Err(_) => tracing::warn!(
+            "stopped without the disk: requests to it are in flight still, {} s after all else had ended. What a client was told to be \
+             durable is; the rest is in host memory alone, for a next worker. Look at the disk: the next start waits for the lock of its \
+             tier file",
+            limits::STOP_IO.as_secs()
+        ),
+    }
     Ok(())
 }
 

@@ -199,14 +199,14 @@ impl Running {
         wait_until("the next worker", || super::children_of(keeper).iter().any(|child| *child != worker));
     }
 
-    /// kill -9 of the worker.
-    pub fn kill_this_worker(&self) {
-        signal(super::children_of(self.child.id())[0], "KILL");
+    /// Sends a signal to the worker alone.
+    pub fn signal_worker(&self, name: &str) {
+        signal(super::children_of(self.child.id())[0], name);
     }
 
     /// kill -9 of the worker, where no other one can follow: all that was said when the daemon has ended, which must be badly.
     pub fn kill_worker_for_good(mut self) -> String {
-        self.kill_this_worker();
+        self.signal_worker("KILL");
         let status = self.ends_within(super::PATIENCE).expect("a daemon that cannot go on ends");
         assert!(!status.success() && !self.said().contains("panicked"), "{status}: {}", self.said());
         self.said()

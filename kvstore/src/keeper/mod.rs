@@ -10,8 +10,9 @@
 //!  worker is killed, crashes    the next one is started; memory that two in a row could not start from is made anew
 //!  no worker can be started     (no process, no memory, no binary for a moment) tried again after a pause; memory stays
 //!  keeper is killed             the worker is killed by the system: host memory is lost, the disk tier recovers
-//!  SIGTERM                      passed on; the worker drains
-//!  Replace                      the worker ends what is under way and exits; the next one is started from the binary that is there then
+//!  SIGTERM                      passed on; the worker drains, and is killed if it takes longer than it may
+//!  Replace                      the worker ends what is under way and exits, or is killed as late; the next one is started from the
+//!                               binary that is there then
 //! ```
 //! It has one thread, asks nobody anything that could make it wait, and touches no block.
 
@@ -34,6 +35,7 @@ pub(crate) use self::kept::records_of;
 use self::messages::Said;
 pub use self::worker::{Handed, Keeper, KeptIngest, KeptMember, Sockets};
 use crate::config::Config;
+use crate::limits;
 use crate::serve::StartError;
 
 /// How long handing over may take.
@@ -156,6 +158,8 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
     let mut command = Command::from(worker);
     command.stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)));
     let mut child = command.kill_on_drop(true).spawn()?;
+    // By when it has to have ended, once it was asked to.
+    let mut kill_at = None;
     // Whoever holds the worker's end is the worker alone: its death is heard.
     drop(command);
     if let Err(error) = kept.hand_over(ours.as_fd(), Instant::now() + HANDOVER) {
@@ -182,6 +186,7 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                 Ok((Said::Serving, _)) => life.served = true,
                 Ok((Said::Replace, _)) => {
                     life.is_replaced = true;
+                    kill_at.get_or_insert_with(|| Instant::now() + limits::STOP);
                     // One that does not take it is dying.
                     let _ = Said::Retire.send(ours.as_fd(), &[], Instant::now() + HANDOVER);
                 }
@@ -191,9 +196,24 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
             },
             () = signals.next() => {
                 life.asked_to_end = true;
+                kill_at.get_or_insert_with(|| Instant::now() + limits::STOP);
                 ask_to_end(&child);
             }
+            () = until(kill_at) => {
+                kill_at = None;
+                eprintln!("tender: the daemon has not ended {} s after it was asked to, and is killed", limits::STOP.as_secs());
+                // It may have ended by itself just now.
+                let _ = child.start_kill();
+            }
         }
+    }
+}
+
+/// Never, if it is at no time.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 
