@@ -4,15 +4,15 @@ use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
 
 use bytes::Bytes;
-use tender_client::proto::Shard;
 use tender_client::proto::greeting::ToDaemon;
+use tender_client::proto::{Shard, wire};
 use tender_client::{BlockStore, Put, Remote};
 
 use crate::memory::Memory;
 use crate::raw::Raw;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
-use crate::support::wait_until;
+use crate::support::{wait_until, wire as grpc};
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
 /// Blocks each page of which begins with the mark.
@@ -48,6 +48,20 @@ async fn a_tenants_file_never_holds_another_tenants_blocks() {
         assert!(theirs_file.has_page_with(theirs_mark), "what is searched for is found where it is to be");
         assert!(!mine_file.has_page_with(theirs_mark) && !theirs_file.has_page_with(mine_mark));
     }
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_detach_by_another_tenant_ends_nothing() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    let mut mine = Raw::open(&site.socket(), None, &attach_as("mine", "model", LARGE)).await;
+    mine.put(&mine.run(1, 4));
+    let detach = wire::DetachRequest { attachment: mine.attachment };
+    let detach = grpc::authorized(detach, &format!("Bearer {TOKEN}"));
+    grpc::over_unix(&site.socket()).await.detach(detach).await.unwrap();
+    mine.put(&mine.run(2, 4));
+    mine.leave();
     daemon.stop();
 }
 

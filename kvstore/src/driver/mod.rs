@@ -453,7 +453,11 @@ impl Driver {
     fn event(&mut self, input: Input) -> Option<Event> {
         Some(match input {
             Input::Ask(request, responder) => {
-                if let Verb::Detach(attachment) = request.verb {
+                // Only what the core will detach: another tenant may not even end its ring, and a process from before a restart is
+                // watched for as long as it holds something.
+                if let Verb::Detach(attachment) = request.verb
+                    && self.core.may_ask_as(attachment, request.tenant)
+                {
                     self.let_go(attachment, DoorCommand::Left(attachment));
                 }
                 self.responders.insert(request.id, responder);

@@ -97,6 +97,11 @@ impl Core {
         }
     }
 
+    /// Whether that tenant may ask under that attachment; it counts as used.
+    pub fn may_ask_as(&mut self, attachment: AttachmentId, tenant: TenantId) -> bool {
+        self.attachments.get(attachment, tenant, self.now_ms).is_some()
+    }
+
     /// Whose a process at the local door is, and which one from before a restart it was, if it took that one's place.
     pub fn local_process(&self, id: AttachmentId) -> Option<(TenantId, Option<AttachmentId>)> {
         let attachment = self.attachments.peek(id).filter(|_| self.attachments.is_local(id))?;
