@@ -16,6 +16,12 @@ use crate::size::Size;
 use crate::tier::disk::format::tenant_tag;
 use crate::tier::host::records::Geometry;
 
+/// Processes at the local door that are kept: one that comes again is kept under its new name before it is forgotten under the old one.
+const MEMBERS_MAX: usize = 2 * limits::LOCALS_MAX;
+
+const _: () =
+    assert!(limits::LOCALS_MAX + limits::GREETINGS_MAX <= MEMBERS_MAX, "those that are let in, and those that may be");
+
 /// Sockets, memory, and what workers have deposited.
 pub(super) struct Kept {
     sockets: Bound,
@@ -77,8 +83,16 @@ impl Kept {
     pub(super) fn take(&mut self, said: Said, with: Vec<OwnedFd>) {
         let first = with.into_iter().next();
         match (said, first) {
-            (Said::Member { attachment, tenant }, Some(pidfd)) if self.members.len() < limits::LOCALS_MAX => {
-                self.members.insert(attachment, (tenant, pidfd));
+            (Said::Member { attachment, tenant }, Some(pidfd)) => {
+                if self.members.len() < MEMBERS_MAX || self.members.contains_key(&attachment) {
+                    self.members.insert(attachment, (tenant, pidfd));
+                } else {
+                    eprintln!(
+                        "tender: {MEMBERS_MAX} processes at the local door are kept, and no more fit: should the daemon crash, one more \
+                         loses what it holds; report this, for the daemon lets in {} at most",
+                        limits::LOCALS_MAX
+                    );
+                }
             }
             (Said::Ingest { writer, segment, mapping, tenant }, Some(file)) => {
                 self.next_mapping = self.next_mapping.max(mapping.saturating_add(1));
