@@ -90,11 +90,13 @@ impl Connection {
         self.0.brought_bytes
     }
 
-    /// Asks whether the daemon still has what was brought: what it said when nobody listened is not said again.
-    pub(super) fn ask_after(&self, lent: &[u32]) {
-        for &mapping in lent {
+    /// Asks whether the daemon still uses what this process writes: what it said when nobody listened is not said again.
+    pub(super) fn ask_after(&self, mut own: Vec<u32>) {
+        own.sort_unstable();
+        own.dedup();
+        for mapping in own {
             if let Err(error) = self.0.say(ToDaemon::Fetch(mapping)) {
-                tracing::debug!(mapping, "memory that was brought is not asked after: {error}");
+                tracing::debug!(mapping, "memory that is written here is not asked after: {error}");
             }
         }
     }
@@ -241,10 +243,12 @@ impl Inner {
         Ok(())
     }
 
-    /// Maps what others write. What was brought here and is given back to be read is what is mapped already.
+    /// Maps what others write. What this process writes is mapped already.
     fn map(&self, mapping: u32, bytes: u64, file: &OwnedFd) {
-        if let Some(memory) = self.brought.taken(mapping) {
-            return self.mappings.came(mapping, memory.mapping());
+        let brought = self.brought.taken(mapping).map(|memory| memory.mapping());
+        let own = brought.or_else(|| self.mappings.known(mapping).filter(|memory| memory.is_writable()));
+        if let Some(memory) = own {
+            return self.mappings.came(mapping, memory);
         }
         match Mapping::to_read(file, bytes) {
             Ok(memory) => self.mappings.came(mapping, Arc::new(memory)),

@@ -62,14 +62,16 @@ impl Mappings {
         Self(Arc::clone(&self.0))
     }
 
-    /// Takes over what a former connection to the same memory has mapped, but for what is mapped anew at each greeting.
-    pub(super) fn inherit(&self, former: &Self) {
-        let to_write = former.end_writing();
-        let to_read = former.lock().known.clone();
+    /// Takes over what this process writes of what a former connection to the same memory has mapped; the names. What others write is
+    /// fetched again when a lease lies there: nobody has said meanwhile whether it is used still.
+    pub(super) fn inherit(&self, former: &Self) -> Vec<u32> {
+        let own = former.end_writing();
         let mut table = self.lock();
-        for (mapping, memory) in to_write.into_iter().chain(to_read) {
+        let names = own.keys().copied().collect();
+        for (mapping, memory) in own {
             table.known.entry(mapping).or_insert(memory);
         }
+        names
     }
 
     /// Forgets what this process writes; what it was. Nobody has that mapped then but who uses it.

@@ -116,10 +116,11 @@ fn greet(
     let wake = Arc::new(EventFd::new()?);
     let debts = Arc::clone(&estate.debts);
     let brought = Arc::clone(&estate.brought);
-    let (held, lent) = match &*before {
+    let (held, own) = match &*before {
         Some(former) if former.file == file => {
-            mappings.inherit(&former.mappings);
-            (Some(debts.begin(&wake)), brought.begin())
+            let mut own = mappings.inherit(&former.mappings);
+            own.extend(brought.begin());
+            (Some(debts.begin(&wake)), own)
         }
         // Its host memory is another: names of former memory mean nothing there.
         other => {
@@ -147,7 +148,7 @@ fn greet(
         has_left: AtomicBool::new(false),
         over: watch::Sender::new(false),
     })?;
-    connection.ask_after(&lent);
+    connection.ask_after(own);
     *before = Some(Former { attachment, file, mappings: connection.mappings().share() });
     Ok((connection, held))
 }

@@ -28,8 +28,8 @@ pub const FILE_BYTES: u64 = 1 << 30;
 /// Bytes of the client's own memory, whose pages are all made.
 pub const OWN_BYTES: u64 = 24 << 20;
 
-/// The client's own memory.
-pub const OWN_MAPPING: u32 = 7;
+/// The first client's own memory; that of each further one has the next name.
+pub const OWN_MAPPING: u32 = 100;
 
 /// Memory of another member, which is fetched.
 pub const THEIR_MAPPING: u32 = 9;
@@ -82,6 +82,8 @@ pub struct Script {
     pub opened: usize,
     pub mapped: usize,
     pub brought: usize,
+    /// What was asked for, in order.
+    pub fetched: Vec<u32>,
     pub left: usize,
     /// Of these, who held something.
     pub left_holding: usize,
@@ -150,6 +152,7 @@ impl Default for Script {
             opened: 0,
             mapped: 0,
             brought: 0,
+            fetched: Vec::new(),
             left: 0,
             left_holding: 0,
             asked: 0,
@@ -256,17 +259,22 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
         thread::sleep(Duration::from_millis(1));
     };
     let is_kept = left.is_some();
-    let (own, kept) = left.unwrap_or_else(|| (Slots::file(OWN_BYTES), HashSet::new()));
+    let (own, kept, kept_mapping) = left.unwrap_or_else(|| (Slots::file(OWN_BYTES), HashSet::new(), 0));
     let shared = slots.lock().unwrap().shared.try_clone().unwrap();
     let brought_bytes = if bringing == Bringing::Unknown { 0 } else { OWN_BYTES };
     let opened = ToClient::Opened { shared_bytes: FILE_BYTES, verify, brought_bytes };
     say(opened, &[&file, &doorbell_copy, &listener, &shared]);
     drop(listener);
-    script.lock().unwrap().opened += 1;
+    let (own_mapping, first_hold) = {
+        let mut script = script.lock().unwrap();
+        script.opened += 1;
+        let fresh = OWN_MAPPING + script.opened as u32 - 1;
+        (if is_kept { kept_mapping } else { fresh }, script.next_hold)
+    };
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    let first_hold = script.lock().unwrap().next_hold;
     let (holds, confirmed) = (kept, HashSet::new());
-    let mut client = Client { node, script, slots, own, attachment, first_hold, holds, confirmed, is_mapped: is_kept };
+    let mut client =
+        Client { node, script, slots, own, own_mapping, attachment, first_hold, holds, confirmed, is_mapped: is_kept };
     let mut put_off: Vec<(Submission, Ticket, Vec<u8>)> = Vec::new();
     let (mut request, mut reply) = (Vec::new(), Vec::new());
     let (mut filled, mut is_awake, mut is_closed) = (0, true, false);
@@ -286,11 +294,11 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
         };
         if forgets {
             client.is_mapped = false;
-            say(ToClient::Forget(OWN_MAPPING), &[]);
+            say(ToClient::Forget(own_mapping), &[]);
         }
         if gives && offers && !is_offered {
             is_offered = true;
-            say(ToClient::Map { mapping: OWN_MAPPING, bytes: OWN_BYTES, writable: true }, &[&client.own]);
+            say(ToClient::Map { mapping: own_mapping, bytes: OWN_BYTES, writable: true }, &[&client.own]);
         }
         // Who sleeps looks only when it was woken, or else a client that forgets to do so would not be noticed.
         while is_awake && let Some(taken) = ring.take(&mut request) {
@@ -345,25 +353,32 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
             continue;
         }
         filled = 0;
-        match ToDaemon::decode(&message).unwrap() {
-            ToDaemon::Mapped(OWN_MAPPING) => {
+        let said = ToDaemon::decode(&message).unwrap();
+        if let ToDaemon::Fetch(mapping) = said {
+            client.script.lock().unwrap().fetched.push(mapping);
+        }
+        match said {
+            ToDaemon::Mapped(mapping) if mapping == own_mapping => {
                 client.is_mapped = true;
                 client.script.lock().unwrap().mapped += 1;
             }
-            ToDaemon::Bring(OWN_MAPPING) => {
+            ToDaemon::Bring(mapping) if mapping == own_mapping => {
                 client.script.lock().unwrap().brought += 1;
                 let file = files.pop().expect("memory that is brought comes with its file");
                 if bringing == Bringing::Taken {
                     client.own = file;
                     client.is_mapped = true;
-                    say(ToClient::Taken(OWN_MAPPING), &[]);
+                    say(ToClient::Taken(mapping), &[]);
                 } else {
-                    say(ToClient::NotTaken { mapping: OWN_MAPPING, why: "not today".into() }, &[]);
+                    say(ToClient::NotTaken { mapping, why: "not today".into() }, &[]);
                 }
             }
             ToDaemon::Fetch(THEIR_MAPPING) if client.script.lock().unwrap().gives_elsewhere => {
                 let theirs = client.slots.lock().unwrap().theirs.try_clone().unwrap();
                 say(ToClient::Map { mapping: THEIR_MAPPING, bytes: FILE_BYTES, writable: false }, &[&theirs]);
+            }
+            ToDaemon::Fetch(mapping) if is_kept && mapping == own_mapping => {
+                say(ToClient::Map { mapping, bytes: OWN_BYTES, writable: false }, &[&client.own]);
             }
             ToDaemon::Fetch(mapping) => say(ToClient::Forget(mapping), &[]),
             ToDaemon::Leave => {
@@ -376,7 +391,7 @@ fn serve(socket: UnixStream, (node, script, is_over, slots): Shared) {
         }
     }
     if client.script.lock().unwrap().keeps {
-        let left = (client.own, std::mem::take(&mut client.holds));
+        let left = (client.own, std::mem::take(&mut client.holds), own_mapping);
         client.slots.lock().unwrap().left.insert(attachment, left);
     } else {
         client.end_all();
@@ -390,6 +405,7 @@ pub struct Client {
     pub slots: Arc<Mutex<Slots>>,
     /// Its own memory.
     pub own: OwnedFd,
+    pub own_mapping: u32,
     pub attachment: u64,
     /// What was granted before it came has a smaller name.
     pub first_hold: u64,
@@ -426,7 +442,7 @@ impl Client {
             }
             None => script.leased_bytes -= held.bytes,
         }
-        if held.mapping != OWN_MAPPING {
+        if held.mapping < OWN_MAPPING {
             self.slots.lock().unwrap().free(held.mapping, held.offset, held.bytes);
         }
         Some(held)
@@ -450,4 +466,4 @@ impl Client {
     }
 }
 
-const _: () = assert!(SHARED_MAPPING != OWN_MAPPING && SHARED_MAPPING != THEIR_MAPPING);
+const _: () = assert!(SHARED_MAPPING < OWN_MAPPING && THEIR_MAPPING < OWN_MAPPING && SHARED_MAPPING != THEIR_MAPPING);

@@ -15,7 +15,7 @@ use tender_client::proto::wire::Tier;
 use tender_client::proto::{BlockKey, Shard};
 use tender_client::{BlockStore, InMemory, Purge, Put, PutOutcome};
 
-use super::local::{Client, FILE_BYTES, Held, Misplaced, OWN_BYTES, OWN_MAPPING, THEIR_MAPPING};
+use super::local::{Client, FILE_BYTES, Held, Misplaced, OWN_BYTES, THEIR_MAPPING};
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -23,8 +23,8 @@ const PAGE_BYTES: u64 = 4096;
 pub struct Slots {
     pub shared: OwnedFd,
     pub theirs: OwnedFd,
-    /// Of attachments whose rings have ended: memory and holds.
-    pub left: HashMap<u64, (OwnedFd, HashSet<u64>)>,
+    /// Of attachments whose rings have ended: memory, holds, and the memory's name.
+    pub left: HashMap<u64, (OwnedFd, HashSet<u64>, u32)>,
     next: u64,
     free: HashMap<u64, Vec<u64>>,
 }
@@ -154,9 +154,9 @@ impl Client {
                 ReserveOutcome::BeingWritten
             } else {
                 self.node.writing.lock().unwrap().insert((*key, shard));
-                let held = Held { mapping: OWN_MAPPING, offset, bytes, writing: Some((*key, shard)), parent };
+                let held = Held { mapping: self.own_mapping, offset, bytes, writing: Some((*key, shard)), parent };
                 let hold = HoldId(self.begin(held));
-                let segment = if misnames { 4711 } else { OWN_MAPPING };
+                let segment = if misnames { 4711 } else { self.own_mapping };
                 let bytes = bytes.next_multiple_of(PAGE_BYTES) as u32;
                 ReserveOutcome::Granted { hold, extent: Extent { segment, offset_bytes: offset, bytes } }
             });
@@ -172,7 +172,7 @@ impl Client {
             .holds
             .iter()
             .filter_map(|hold| script.held.get(hold))
-            .filter(|held| held.mapping == OWN_MAPPING)
+            .filter(|held| held.mapping == self.own_mapping)
             .map(|held| (held.offset, held.bytes))
             .collect();
         taken.sort_unstable();

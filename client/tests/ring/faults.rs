@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::*;
-use crate::fake::local::Misplaced;
+use crate::fake::local::{Misplaced, OWN_MAPPING, THEIR_MAPPING};
 
 #[tokio::test]
 async fn other_bytes_than_were_stored_never_arrive() {
@@ -55,6 +55,22 @@ async fn memory_that_is_not_mapped_yet_is_fetched_or_done_without() {
     let got = client.get(&keys, Shard::WHOLE).await;
     assert_eq!(got.end, GetEnd::Complete);
     assert!(got.blocks.iter().zip(&payloads).all(|(view, payload)| view.is_leased() && view.equals(payload)));
+}
+
+#[tokio::test]
+async fn a_new_ring_fetches_what_others_write_again_and_asks_after_what_is_written_here() {
+    let node = Node::new(Script::default());
+    let (client, keys, payloads) = node.with_blocks(3).await;
+    node.script(|script| script.leases_elsewhere = true);
+    let before = client.get(&keys, Shard::WHOLE).await;
+    assert_eq!(node.script(|script| std::mem::take(&mut script.fetched)), [THEIR_MAPPING]);
+    node.world.node.attached.lock().unwrap().clear();
+    let after = client.get(&keys, Shard::WHOLE).await;
+    assert_eq!(node.script(|script| script.fetched.clone()), [OWN_MAPPING, THEIR_MAPPING]);
+    for got in [before, after] {
+        assert!(got.blocks.iter().zip(&payloads).all(|(view, payload)| view.is_leased() && view.equals(payload)));
+    }
+    node.all_given_back().await;
 }
 
 #[tokio::test]

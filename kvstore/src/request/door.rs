@@ -563,14 +563,17 @@ impl Doorman {
         Ok(false)
     }
 
-    /// A client wants to read what another one writes. Only of its own tenant: other blocks than the leased one lie there too.
+    /// A client wants to read what another one writes. Only of its own tenant: other blocks than the leased one lie there too. Or its
+    /// writer, who comes again, asks whether it is used still.
     fn fetch(&mut self, name: u64, mapping: u32) {
-        let tenant =
-            self.member_of(name).and_then(|attachment| self.members.get(&attachment)).map(|member| member.tenant);
+        let attachment = self.member_of(name);
+        let tenant = attachment.and_then(|attachment| self.members.get(&attachment)).map(|member| member.tenant);
         let known = self.memory.values_mut().find(|memory| memory.mapping == mapping && Some(memory.tenant) == tenant);
         // Its writer has mapped it, but it is closed for others a moment later: until then its descriptor is one to write with.
-        let closed =
-            known.filter(|memory| memory.until.is_none() && memory.file.is_closed_for_writers().unwrap_or(false));
+        let closed = known.filter(|memory| {
+            let is_own = Some(memory.writer) == attachment;
+            memory.until.is_none() && (is_own || memory.file.is_closed_for_writers().unwrap_or(false))
+        });
         let Some(memory) = closed else {
             return self.say(name, &ToClient::Forget(mapping), &[]);
         };
