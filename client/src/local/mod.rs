@@ -60,6 +60,11 @@ impl Local {
         Ok(Self { connection: Arc::new(opening::open(socket, attachment, estate).await?) })
     }
 
+    /// Whether somebody listens at that door.
+    pub(crate) async fn is_there(socket: &Path) -> bool {
+        opening::is_there(socket).await
+    }
+
     pub(crate) async fn lookup(&self, keys: &[BlockKey], deadline: Duration) -> Result<Residency, Failure> {
         match self.ask(&Request::Lookup(keys.into()), deadline).await? {
             Reply::Lookup(residency) => Ok(residency),

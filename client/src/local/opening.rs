@@ -59,6 +59,12 @@ pub(super) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -
     Ok(connection)
 }
 
+/// Whether somebody listens beside `socket`.
+pub(super) async fn is_there(socket: &Path) -> bool {
+    let connecting = timeout(deadline::DOOR, UnixStream::connect(beside(socket)));
+    connecting.await.is_ok_and(|connected| connected.is_ok())
+}
+
 /// Says what is held. What the daemon does not know any more is in the books no more. Who fills such a slot finds out at the commit; who
 /// reads one can do so no longer than until somebody else gets the slot, and is told by the log alone.
 async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {

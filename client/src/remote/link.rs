@@ -9,8 +9,10 @@
 //! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss. An attempt that
 //! found somebody at the socket who then went away has met a worker at its end: for as long as calls wait it does not count as one, and
 //! the next one follows soon.
+//!
+//! A link over gRPC that wished for a ring is changed for one that has it: the door is tried again, after pauses as long as those above.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use tender_proto::key::KEY_BYTES;
@@ -188,9 +190,15 @@ impl Links {
     }
 
     /// Attaches anew as soon as the ring in use is over, also while nobody asks anything: what is held in shared memory is to be confirmed.
+    /// For that, too, the door is tried again where there is no ring.
     fn heed(self: &Arc<Self>) {
         let Some(link) = self.state.borrow().link.clone() else { return };
-        let Some(mut over) = link.local.as_ref().map(Local::over) else { return };
+        let Some(mut over) = link.local.as_ref().map(Local::over) else {
+            if let (Doors::Ring, Some(socket)) = (self.doors, self.door.socket()) {
+                tokio::spawn(knock(socket.to_owned(), Arc::downgrade(&link), Arc::downgrade(self)));
+            }
+            return;
+        };
         let (link, links) = (Arc::downgrade(&link), Arc::downgrade(self));
         tokio::spawn(async move {
             // Its end without a word is an end as well.
@@ -272,6 +280,25 @@ impl Links {
         self.attach_anew();
     }
 
+    fn is_in_use(&self, link: &Arc<Link>) -> bool {
+        self.state.borrow().link.as_ref().is_some_and(|current| Arc::ptr_eq(current, link))
+    }
+
+    /// Puts a link in the place of another one, if that is in use. The daemon forgets the other's attachment when nobody has used it for
+    /// a while: who asks over it now is not disturbed.
+    fn change(self: &Arc<Self>, link: &Arc<Link>, better: Link) {
+        let is_changed = self.state.send_if_modified(|state| {
+            let is_current = state.link.as_ref().is_some_and(|current| Arc::ptr_eq(current, link));
+            if is_current {
+                state.link = Some(Arc::new(better));
+            }
+            is_current
+        });
+        if is_changed {
+            self.heed();
+        }
+    }
+
     /// Starts the task that attaches, unless there is one or no need.
     fn attach_anew(self: &Arc<Self>) {
         let start = self.state.send_if_modified(|state| {
@@ -305,6 +332,30 @@ impl Links {
     pub(super) async fn close(self) {
         if let Some(link) = self.state.send_replace(State::default()).link {
             leave(&link).await;
+        }
+    }
+}
+
+/// Tries the door again, for as long as a link without a ring is in use; over a new attachment, since each comes to the door once.
+async fn knock(socket: PathBuf, link: Weak<Link>, links: Weak<Links>) {
+    let mut pause = deadline::RECONNECT_PAUSE_MIN;
+    loop {
+        sleep(pause).await;
+        pause = (2 * pause).min(deadline::RECONNECT_PAUSE_MAX);
+        let is_there = Local::is_there(&socket).await;
+        let (Some(link), Some(links)) = (link.upgrade(), links.upgrade()) else { return };
+        if !links.is_in_use(&link) {
+            return;
+        }
+        if !is_there {
+            continue;
+        }
+        match links.attempt().await {
+            Ok(better) if better.local.is_some() => return links.change(&link, better),
+            Ok(no_better) => leave(&no_better).await,
+            Err(NotAttached::WentAway(error) | NotAttached::For(error)) => {
+                tracing::debug!("not attached for the local door: {error}");
+            }
         }
     }
 }

@@ -82,8 +82,8 @@ impl Remote {
         Self { deadline, ..self }
     }
 
-    /// The door in use now: a ring is not always to be had, and may come or go with a daemon that is started again. While there is no
-    /// daemon, the door that it will be looked for at.
+    /// The door in use now: a ring is not always to be had, and may come or go with a daemon that is started again; while there is none,
+    /// it is looked for every few seconds. While there is no daemon, the door that it will be looked for at.
     pub fn door(&self) -> Doors {
         self.links.door()
     }

@@ -113,6 +113,30 @@ async fn without_a_local_door_all_goes_over_grpc() {
 }
 
 #[tokio::test]
+async fn a_door_that_was_closed_once_is_tried_again() {
+    let node = Node::new(Script::default());
+    let (client, keys, payloads) = node.with_blocks(3).await;
+    let before = client.get(&keys, Shard::WHOLE).await;
+    node.script(|script| script.refuses = true);
+    node.world.node.attached.lock().unwrap().clear();
+    assert_eq!(client.lookup(&keys).await.prefix_blocks, 3);
+    assert_eq!(client.door(), Doors::Grpc);
+    node.script(|script| script.refuses = false);
+    let start = std::time::Instant::now();
+    while client.door() == Doors::Grpc {
+        assert!(start.elapsed() < 5 * AT_ONCE);
+        sleep(Duration::from_millis(10)).await;
+    }
+    // What is held from before was confirmed.
+    assert_eq!(node.script(|script| script.held.len()), 3);
+    let after = client.get(&keys, Shard::WHOLE).await;
+    for got in [before, after] {
+        assert!(got.blocks.iter().zip(&payloads).all(|(view, payload)| view.is_leased() && view.equals(payload)));
+    }
+    node.all_given_back().await;
+}
+
+#[tokio::test]
 async fn a_door_that_hangs_is_done_without() {
     let world = World::new();
     let mut path = world.socket().into_os_string();
