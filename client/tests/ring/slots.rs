@@ -1,5 +1,6 @@
 //! Slots that the caller fills.
 
+use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 
 use tender_client::proto::sum::fragment_sums;
@@ -53,9 +54,9 @@ impl Node {
 async fn slots_are_filled_where_they_lie_and_committed() {
     let node = Node::new(Script::default());
     let client = node.client().await;
-    let keys = blocks(&client, 5).0;
+    let keys = blocks(&client, 6).0;
     let mut slots = reserve(&client, &keys).await;
-    assert_eq!(node.script(|script| script.held.len()), 5);
+    assert_eq!(node.script(|script| script.held.len()), 6);
     for (slot, key) in slots.iter_mut().zip(&keys) {
         assert_eq!((slot.bytes(), slot.key()), (BLOCK_BYTES, *key));
         assert!(!slot.start().is_null() && (slot.start() as usize).is_multiple_of(4096));
@@ -73,8 +74,10 @@ async fn slots_are_filled_where_they_lie_and_committed() {
     slots[4].write_at(0, &payload(4)[..BLOCK_BYTES / 2]);
     slots[4].fill(&payload(0));
     write_by_address(&mut slots[4], &payload(4));
+    slots[5].fill(&payload(0));
+    slots[5].write_at(0, &payload(5));
     assert_eq!(client.lookup(&keys).await.prefix_blocks, 0, "before it is committed");
-    assert_eq!(client.commit(slots).await, [CommitOutcome::Stored; 5]);
+    assert_eq!(client.commit(slots).await, [CommitOutcome::Stored; 6]);
     are_there(&client, &keys).await;
     let again = client.reserve(client.terms().root, &keys, Shard::WHOLE).await.unwrap();
     assert!(again.iter().all(|reserved| matches!(reserved, Reserved::Not(PutOutcome::AlreadyPresent))), "{again:?}");
@@ -169,7 +172,10 @@ async fn behind_the_first_block_without_room_none_is_reserved() {
         let node = Node::new(script);
         let client = node.client().await;
         let (keys, parent) = (client.terms().chain(&[7; 4000]), client.terms().root);
+        let asked = node.script(|script| script.asked);
         let reserved = client.reserve(parent, &keys, Shard::WHOLE).await.unwrap();
+        // What is granted and of no use is given back.
+        assert!(granted == 0 || node.script(|script| script.asked) == asked + 1, "nobody asks on");
         let is_granted = |reserved: &&Reserved| matches!(reserved, Reserved::Granted(_));
         assert_eq!((reserved.len(), reserved.iter().take_while(is_granted).count()), (1000, granted));
         assert!(reserved[granted..].iter().all(|reserved| matches!(reserved, Reserved::Not(PutOutcome::NoRoom))));
@@ -186,6 +192,10 @@ async fn long_runs_are_reserved_and_committed_in_pieces() {
     node.door().until("memory to write", |script| script.mapped == 1).await;
     let keys = client.terms().chain(&(0..4 * 2000).collect::<Vec<u32>>());
     let mut slots = reserve(&client, &keys).await;
+    let parents: HashMap<BlockKey, BlockKey> = node.script(|script| {
+        script.held.values().filter_map(|held| held.writing.map(|(key, _)| (key, held.parent))).collect()
+    });
+    assert!(keys.windows(2).all(|pair| parents[&pair[1]] == pair[0]) && parents[&keys[0]] == client.terms().root);
     slots.iter_mut().zip(0u32..).for_each(|(slot, block)| slot.write_at(60, &block.to_le_bytes()));
     assert_eq!(client.commit(slots).await, [CommitOutcome::Stored; 2000]);
     let got = client.get(&keys, Shard::WHOLE).await;
