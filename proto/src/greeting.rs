@@ -98,7 +98,7 @@ pub enum ToDaemon {
         /// The attachment under which it holds slots from before a restart; 0: it holds none.
         former: u64,
     },
-    /// Another member's memory, to read.
+    /// Another member's memory, to read; or its own, which it has mapped, to hear whether it is used still.
     Fetch(u32),
     /// Its own memory is mapped for writing.
     Mapped(u32),
