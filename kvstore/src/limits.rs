@@ -27,6 +27,9 @@ pub const LOCALS_MAX: usize = 512;
 /// Connections to the local door that nobody was let in through yet.
 pub const GREETINGS_MAX: usize = 128;
 
+/// Descriptors that clients sent and that are neither taken on nor closed: one for each connection that is being greeted, and as many again.
+pub const FOREIGN_MAX: usize = 2 * GREETINGS_MAX;
+
 /// An attachment that was not used for so long is gone.
 pub const ATTACHMENT_IDLE: Duration = Duration::from_secs(3_600);
 

@@ -125,6 +125,7 @@ fn stop_on_broken_invariant() {
             "tender-prepare",
             "tender-promote",
             "tender-door",
+            "tender-closer",
             "tender-mapper",
             "tender-join",
         ];

@@ -62,17 +62,35 @@ pub fn try_send(socket: BorrowedFd<'_>, bytes: &[u8], descriptors: &[BorrowedFd<
 /// `InvalidData` when something was lost: more than [`DESCRIPTORS_MAX`] descriptors, more than this process may have open, or (on
 /// sockets that keep messages apart) a message longer than `into`. What did come is closed then.
 pub fn try_receive(socket: BorrowedFd<'_>, into: &mut [u8], descriptors_max: usize) -> io::Result<Received> {
+    let mut descriptors = Vec::new();
+    let bytes = try_receive_open(socket, into, Some(&mut descriptors))?;
+    descriptors.truncate(descriptors_max);
+    Ok(Received { bytes, descriptors })
+}
+
+/// As [`try_receive`], but closes nothing: whatever came is in `descriptors`, [`DESCRIPTORS_MAX`] and one at most, also after an error.
+/// Without `descriptors` they are discarded by the system, before they are open here, and that is an error as any other loss.
+pub fn try_receive_open(
+    socket: BorrowedFd<'_>,
+    into: &mut [u8],
+    descriptors: Option<&mut Vec<OwnedFd>>,
+) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let room = if descriptors.is_some() { space.len() } else { 0 };
+    let mut control = RecvAncillaryBuffer::new(&mut space[..room]);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = rustix::net::recvmsg(socket, &mut [IoSliceMut::new(into)], &mut control, flags)?;
-    let mut descriptors = Vec::new();
-    for part in control.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = part {
-            descriptors.extend(received);
+    let mut count = 0;
+    if let Some(descriptors) = descriptors {
+        for part in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = part {
+                let before = descriptors.len();
+                descriptors.extend(received);
+                count += descriptors.len() - before;
+            }
         }
     }
-    if message.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > DESCRIPTORS_MAX {
+    if message.flags.contains(ReturnFlags::CTRUNC) || count > DESCRIPTORS_MAX {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
             format!(
@@ -87,8 +105,7 @@ pub fn try_receive(socket: BorrowedFd<'_>, into: &mut [u8], descriptors_max: usi
             format!("a message of more than {room} bytes was cut: send it in the length agreed upon"),
         ));
     }
-    descriptors.truncate(descriptors_max);
-    Ok(Received { bytes: message.bytes, descriptors })
+    Ok(message.bytes)
 }
 
 /// Sends all of it, waiting for room until `deadline`.
@@ -242,15 +259,15 @@ impl Process {
     }
 
     /// Takes a descriptor that was received; `InvalidInput` if it is anything else than the pidfd of a process. That of a thread is
-    /// refused: its end proves nothing about the process.
-    pub fn from_fd(fd: OwnedFd) -> io::Result<Self> {
+    /// refused: its end proves nothing about the process. It is an [`OwnedFd`] once it is known to be a pidfd, whose closing never waits.
+    pub fn from_fd<F: AsFd + Into<OwnedFd>>(fd: F) -> io::Result<Self> {
         let refusal = || refused("the pidfd of a process", "pidfd_open(getpid(), 0)");
         fd_info(fd.as_fd(), "Pid")?.ok_or_else(refusal)?;
         // The bit is that of PIDFD_THREAD.
         if rustix::fs::fcntl_getfl(&fd)?.contains(OFlags::EXCL) {
             return Err(refusal());
         }
-        Ok(Self(fd))
+        Ok(Self(fd.into()))
     }
 
     /// Whether all its threads have ended, and so no longer use any memory. Where the system cannot say it counts as alive.

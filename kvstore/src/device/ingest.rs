@@ -41,7 +41,7 @@ impl IngestFile {
     /// `InvalidInput`, with the cure, if it is anything else. Only looks, and asks the memory file system alone: whoever made the file
     /// could hold a lock on it for seconds, and where clients are listened to nobody may wait for one of them. So seals that lack are
     /// not added here.
-    pub fn bring(file: OwnedFd, bytes: u64) -> io::Result<Self> {
+    pub fn bring<F: AsFd + Into<OwnedFd>>(file: F, bytes: u64) -> io::Result<Self> {
         let refuse = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         let Ok(seals) = rustix::fs::fcntl_get_seals(&file) else {
             return refuse("it is not a memfd: make it with memfd_create and MFD_ALLOW_SEALING".to_owned());
@@ -70,7 +70,7 @@ impl IngestFile {
                 "it has {found} bytes, but segments here have {bytes}: bring one file of that size for each"
             ));
         }
-        Self::adopt(file, bytes)
+        Self::adopt(file.into(), bytes)
     }
 
     /// What tells it from all other files that there are now, for whoever compares two of them.

@@ -4,9 +4,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
-use tender_proto::descriptors::{Received, try_receive, try_send};
+use tender_proto::descriptors::{try_receive_open, try_send};
 use tender_proto::greeting::{self, MESSAGE_BYTES, Message, ToClient, ToDaemon};
 
+use super::closing::{Closing, Foreign};
 use crate::names::AttachmentId;
 
 /// Descriptors that one message of a client may bring.
@@ -31,7 +32,8 @@ pub struct Connection {
     /// What came of a message so far, and with it.
     came: Message,
     came_bytes: usize,
-    descriptors: Vec<OwnedFd>,
+    descriptors: Vec<Foreign>,
+    closing: Closing,
 }
 
 /// What was heard.
@@ -40,16 +42,16 @@ pub enum Heard {
     /// No whole message yet.
     Nothing,
     /// A message, and what came with it.
-    Said(ToDaemon, Vec<OwnedFd>),
+    Said(ToDaemon, Vec<Foreign>),
     /// The other side has hung up.
     End,
 }
 
 impl Connection {
     /// A connection that must say who it is until then.
-    pub fn new(socket: OwnedFd, until: Instant) -> Self {
+    pub fn new(socket: OwnedFd, until: Instant, closing: Closing) -> Self {
         let state = State::Greeting(until);
-        Self { socket, state, came: [0; MESSAGE_BYTES], came_bytes: 0, descriptors: Vec::new() }
+        Self { socket, state, came: [0; MESSAGE_BYTES], came_bytes: 0, descriptors: Vec::new(), closing }
     }
 
     /// To be listened to.
@@ -86,15 +88,25 @@ impl Connection {
 
     /// The next message, if it is there. An error is the end of the connection.
     pub fn hear(&mut self) -> io::Result<Heard> {
-        let room = DESCRIPTORS_MAX - self.descriptors.len();
-        match try_receive(self.socket.as_fd(), &mut self.came[self.came_bytes..], room) {
-            Ok(Received { bytes: 0, .. }) => return Ok(Heard::End),
-            Ok(Received { bytes, descriptors }) => {
+        let mut came = Vec::new();
+        let has_room = self.closing.has_room();
+        let rest = &mut self.came[self.came_bytes..];
+        let received = try_receive_open(self.socket.as_fd(), rest, has_room.then_some(&mut came));
+        // Each has its place before anything is dropped.
+        let came: Vec<Foreign> = came.into_iter().map(|descriptor| self.closing.take(descriptor)).collect();
+        match received {
+            Ok(0) => return Ok(Heard::End),
+            Ok(bytes) => {
                 self.came_bytes += bytes;
-                self.descriptors.extend(descriptors);
+                self.descriptors.extend(came);
+                self.descriptors.truncate(DESCRIPTORS_MAX);
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 return Ok(Heard::Nothing);
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData && !has_room => {
+                let why = "descriptors that clients sent wait to be closed, and no more are taken: use gRPC meanwhile";
+                return Err(io::Error::new(error.kind(), why));
             }
             Err(error) => return Err(error),
         }

@@ -25,6 +25,7 @@ use tender_proto::descriptors::{Bell, EventFd, Process};
 use tender_proto::greeting::{ToClient, ToDaemon};
 use tender_proto::ring::{DaemonRing, RingMemory};
 
+use super::closing::{Closing, Foreign};
 use super::connection::{Connection, Heard};
 use crate::device::ingest::IngestFile;
 use crate::device::memory::Arena;
@@ -69,6 +70,7 @@ impl Door {
         let mut doorman = Doorman {
             listener,
             sleeper,
+            closing: Closing::start()?,
             commands,
             core,
             mapper,
@@ -167,6 +169,8 @@ struct Joining {
 struct Doorman {
     listener: UnixListener,
     sleeper: Sleeper,
+    /// Where what clients sent is closed.
+    closing: Closing,
     commands: Receiver<DoorCommand>,
     core: Queue<Input>,
     mapper: SyncSender<(u32, u32, Arc<IngestFile>)>,
@@ -264,7 +268,7 @@ impl Doorman {
                 continue;
             }
             self.last_name += 2;
-            let connection = Connection::new(socket.into(), Instant::now() + GREETING);
+            let connection = Connection::new(socket.into(), Instant::now() + GREETING, self.closing.clone());
             if self.sleeper.listen(connection.socket(), self.last_name).is_ok() {
                 self.connections.insert(self.last_name, connection);
             }
@@ -293,7 +297,7 @@ impl Doorman {
         }
     }
 
-    fn answer(&mut self, name: u64, said: ToDaemon, descriptors: Vec<OwnedFd>) -> Result<(), String> {
+    fn answer(&mut self, name: u64, said: ToDaemon, descriptors: Vec<Foreign>) -> Result<(), String> {
         match said {
             ToDaemon::Open { attachment, former } => {
                 let former = (former != 0).then_some(AttachmentId(former));
@@ -338,13 +342,13 @@ impl Doorman {
         name: u64,
         attachment: AttachmentId,
         former: Option<AttachmentId>,
-        descriptors: Vec<OwnedFd>,
+        descriptors: Vec<Foreign>,
     ) -> Result<(), String> {
         let Some(connection) = self.connections.get_mut(&name) else { return Ok(()) };
         if !connection.begin_joining() {
             return Err("this connection has said Open before; make one connection for each attachment".to_owned());
         }
-        let [pidfd] = <[OwnedFd; 1]>::try_from(descriptors)
+        let [pidfd] = <[Foreign; 1]>::try_from(descriptors)
             .map_err(|descriptors| format!("{} descriptors came with Open; send your pidfd", descriptors.len()))?;
         let process = Process::from_fd(pidfd).map_err(|error| error.to_string())?;
         let peer = rustix::net::sockopt::socket_peercred(connection.socket())
@@ -508,7 +512,7 @@ impl Doorman {
     }
 
     /// A client answers an offer with memory of its own.
-    fn bring(&mut self, name: u64, mapping: u32, descriptors: Vec<OwnedFd>) {
+    fn bring(&mut self, name: u64, mapping: u32, descriptors: Vec<Foreign>) {
         let Some(writer) = self.member_of(name) else { return };
         match self.take_brought(writer, mapping, descriptors) {
             Ok(segment) => {
@@ -524,7 +528,7 @@ impl Doorman {
 
     /// The file that came takes the place of the one that was offered; in which segment. It is trusted no more than that one: its writer,
     /// and whoever else has mapped it, may write there for ever.
-    fn take_brought(&mut self, writer: AttachmentId, mapping: u32, descriptors: Vec<OwnedFd>) -> Result<u32, String> {
+    fn take_brought(&mut self, writer: AttachmentId, mapping: u32, descriptors: Vec<Foreign>) -> Result<u32, String> {
         let offered = self.memory.iter_mut().find(|(_, memory)| {
             memory.mapping == mapping && memory.writer == writer && memory.until.is_some() && memory.may_bring
         });
@@ -533,7 +537,7 @@ impl Doorman {
         };
         memory.may_bring = false;
         let tenant = memory.tenant;
-        let [file] = <[OwnedFd; 1]>::try_from(descriptors)
+        let [file] = <[Foreign; 1]>::try_from(descriptors)
             .map_err(|descriptors| format!("{} descriptors came with it; send that of the file", descriptors.len()))?;
         let file = IngestFile::bring(file, self.segment_bytes).map_err(|error| error.to_string())?;
         // One file in two segments would be one slot under two names, and another's memory is not the client's to bring.

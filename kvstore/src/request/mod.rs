@@ -7,8 +7,10 @@
 //! session.rs   what an attachment said              operator.rs  status and configuration
 //! window.rs    how much of host memory they hold
 //! door.rs      the local door: rings, and memory to map   connection.rs   one client's connection to it
+//!                                                   closing.rs   what clients sent is closed where it may wait
 //! ```
 
+mod closing;
 mod connection;
 pub mod door;
 mod get;

@@ -136,6 +136,19 @@ fn more_descriptors_than_a_message_may_have_are_an_error_and_are_closed() {
 }
 
 #[test]
+fn descriptors_that_nobody_wants_are_never_opened() {
+    let (ours, theirs) = pair();
+    let (end, sent) = pair();
+    send(ours.as_fd(), &[1], &[sent.as_fd()], soon()).expect("sent");
+    drop(sent);
+    let error = try_receive_open(theirs.as_fd(), &mut [0], None).expect_err("one is lost");
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+    assert!(is_abandoned(&end, soon()));
+    send(ours.as_fd(), &[1], &[], soon()).expect("sent");
+    assert_eq!(try_receive_open(theirs.as_fd(), &mut [0], None).expect("nothing came beside it"), 1);
+}
+
+#[test]
 fn a_cut_message_is_an_error() {
     let (ours, theirs) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)

@@ -165,7 +165,7 @@ fn what_a_client_brings_is_closed_already_and_is_only_looked_at() {
     assert_ne!(file.identity().expect("a file"), other.identity().expect("a file"));
     assert_eq!(
         file.identity().expect("a file"),
-        IngestFile::bring(reopen(good.as_fd()).into(), BYTES).expect("the same").identity().expect("a file")
+        IngestFile::bring(reopen(good.as_fd()), BYTES).expect("the same").identity().expect("a file")
     );
     let path = format!("/proc/self/fd/{}", good.as_raw_fd());
     let read_only = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).expect("a descriptor");
