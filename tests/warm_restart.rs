@@ -156,7 +156,9 @@ async fn host_memory_outlives_a_binary_that_is_missing_when_the_next_worker_is_t
     support::wait_until("the next worker", || {
         support::run(support::tender().arg("status").arg("--socket").arg(site.socket())).status.success()
     });
-    run.expect(&store, Some(Tier::Host)).await;
+    // Who met nobody for so long does not try again at once.
+    let again = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    run.expect(&again, Some(Tier::Host)).await;
     daemon.stop();
 }
 

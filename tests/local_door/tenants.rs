@@ -59,7 +59,7 @@ async fn a_detach_by_another_tenant_ends_nothing() {
     mine.put(&mine.run(1, 4));
     let detach = wire::DetachRequest { attachment: mine.attachment };
     let detach = grpc::authorized(detach, &format!("Bearer {TOKEN}"));
-    grpc::over_unix(&site.socket()).await.detach(detach).await.unwrap();
+    grpc::over_unix(&site.socket()).await.detach(detach).await.unwrap_err();
     mine.put(&mine.run(2, 4));
     mine.leave();
     daemon.stop();
