@@ -22,11 +22,13 @@ const MEMBERS_MAX: usize = 2 * limits::LOCALS_MAX;
 const _: () =
     assert!(limits::LOCALS_MAX + limits::GREETINGS_MAX <= MEMBERS_MAX, "those that are let in, and those that may be");
 
+/// By tenant, with the tags of their names.
+type TenantMemory = Vec<(SharedFile, [u8; 16])>;
+
 /// Sockets, memory, and what workers have deposited.
 pub(super) struct Kept {
     sockets: Bound,
-    /// By tenant, with the tags of their names.
-    memory: Vec<(SharedFile, [u8; 16])>,
+    memory: TenantMemory,
     table: TableFile,
     /// By attachment: tenant and pidfd.
     members: BTreeMap<u64, (u32, OwnedFd)>,
@@ -114,7 +116,7 @@ pub(crate) fn records_of(config: &Config) -> Geometry {
     }
 }
 
-fn make_memory(config: &Config) -> Result<(Vec<(SharedFile, [u8; 16])>, TableFile), StartError> {
+fn make_memory(config: &Config) -> Result<(TenantMemory, TableFile), StartError> {
     let error = |source| StartError::Memory { size: Size(config.host.bytes()), source };
     let make = |tag| Ok((SharedFile::create(config.host.bytes())?, tag));
     let files = config.tenants.iter().map(|tenant| make(tenant_tag(&tenant.name)));
