@@ -7,7 +7,7 @@ use support::blocks::{Run, attach_to};
 use support::site::Site;
 use tender_client::proto::wire::Tier as WireTier;
 use tender_client::proto::{BlockLayout, Shard};
-use tender_client::{BlockStore, BlockView, Doors, GetEnd, Remote, Tier};
+use tender_client::{BlockStore, BlockView, CommitOutcome, Doors, GetEnd, Remote, Reserved, Tier};
 
 /// Of two tenants; no disk, so that what is hit was in host memory.
 fn site() -> Site {
@@ -49,15 +49,24 @@ async fn nothing_is_leased(daemon: &support::site::Running) {
 async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used_again() {
     let site = site();
     let daemon = site.start_ready().await;
-    let small = site.attach(attach_to("small", BlockLayout::opaque(16 << 10))).await;
+    let small = site.attach(attach_to("small", BlockLayout::opaque(4 << 10))).await;
     let large = site.attach_other(attach_to("large", BlockLayout::opaque(100_000))).await;
     assert_eq!((small.door(), large.door()), (Doors::Ring, Doors::Ring));
-    let (runs_small, run_large) = (Run::new(&small, 1, 250), Run::new(&large, 2, 40));
+    let (runs_small, run_large) = (Run::new(&small, 1, 1_000), Run::new(&large, 2, 40));
     runs_small.put(&small).await;
     run_large.put(&large).await;
     let (views_small, views_large) = (view(&runs_small, &small).await, view(&run_large, &large).await);
     let leased = |views: &[BlockView]| views.iter().filter(|view| view.is_leased()).count();
-    assert!(leased(&views_small) > 100 && leased(&views_large) > 20, "nothing is leased in place");
+    assert!(leased(&views_small) == 1_000 && leased(&views_large) > 20, "nothing is leased in place");
+    // And another writes slowly.
+    let slow = Run::new(&large, 3, 8);
+    let mut slots = Vec::new();
+    for (block, reserved) in large.reserve(slow.parent, &slow.keys, Shard::WHOLE).await.unwrap().into_iter().enumerate()
+    {
+        let Reserved::Granted(mut slot) = reserved else { panic!("{reserved:?}") };
+        slot.write_at(0, &slow.payload(block)[..50_000]);
+        slots.push(slot);
+    }
     daemon.kill_worker();
     unchanged(&runs_small, &views_small);
     // Still held before anybody has come back: others fill memory meanwhile.
@@ -77,6 +86,12 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
     overwrite(&other, 2, 20_000).await;
     unchanged(&runs_small, &views_small);
     unchanged(&run_large, &views_large);
+    assert_eq!(large.lookup(&slow.keys).await.prefix_blocks, 0, "half of a block was published");
+    for (block, slot) in slots.iter_mut().enumerate() {
+        slot.write_at(50_000, &slow.payload(block)[50_000..]);
+    }
+    assert_eq!(large.commit(slots).await, [CommitOutcome::Stored; 8]);
+    slow.expect(&large, None).await;
     drop((views_small, views_large));
     nothing_is_leased(&daemon).await;
     daemon.stop();
