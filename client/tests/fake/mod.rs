@@ -81,6 +81,8 @@ pub struct Node {
     /// In how many shards a block was written.
     pub written: Mutex<HashMap<BlockKey, u16>>,
     pub writing: Mutex<HashSet<(BlockKey, Shard)>>,
+    /// Held over a reservation and over a commit: what is there and what is being written are looked at as one.
+    pub turn: tokio::sync::Mutex<()>,
 }
 
 impl Node {
@@ -104,6 +106,7 @@ impl Node {
             puts: AtomicU64::new(0),
             written: Mutex::default(),
             writing: Mutex::default(),
+            turn: tokio::sync::Mutex::default(),
         }
     }
 

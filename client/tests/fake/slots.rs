@@ -136,6 +136,8 @@ impl Client {
 
     async fn reserve(&mut self, store: &InMemory, parent: BlockKey, shard: Shard, keys: &[BlockKey]) -> Reply {
         let bytes = store.terms().shard_bytes(shard.count) as u64;
+        let node = std::sync::Arc::clone(&self.node);
+        let _turn = node.turn.lock().await;
         let present = store.lookup(keys).await.host;
         let (mut outcomes, mut is_full, mut parent) = (Vec::new(), !self.is_mapped, parent);
         for (key, present) in keys.iter().zip(present) {
@@ -183,6 +185,8 @@ impl Client {
     }
 
     async fn commit(&mut self, store: &InMemory, filled: &Filled) -> CommitOutcome {
+        let node = std::sync::Arc::clone(&self.node);
+        let _turn = node.turn.lock().await;
         let Some(held) = self.end(filled.hold.0) else { return CommitOutcome::Gone };
         let (key, shard) = held.writing.expect("a lease is not committed");
         let payload = read(&self.own, held.offset, held.bytes as usize);
