@@ -4,7 +4,7 @@
 //! acquire ──► leases ──► every part lies where it should? ──► its memory is mapped, or fetched ──► nobody else may write it: a view
 //!    ▲           │                  └─ no: a mismatch               └─ not to be had: gRPC         └─ somebody may: copied out, summed,
 //!    │           │                                                                                    compared, given back
-//!    └── more ───┴─ the daemon leases no more for now: what is leased becomes owned bytes and is given back
+//!    └── more ───┴─ what the group may lease is used up: what is leased becomes owned bytes and is given back
 //! ```
 //! A mismatch ends the run. Where this process holds none of what is leased, and still gets nothing, other members of its group do: the
 //! rest goes over gRPC, which has memory of its own for what is on its way.
