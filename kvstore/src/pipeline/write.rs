@@ -508,14 +508,17 @@ impl Core {
                     to = node.0;
                     break;
                 }
-                // A segment that is about to be free again may be the one that this block needs.
-                if !self.write_back(node, false) && self.disk().has_retired() {
+                // A segment that is about to be free again, or what others that are being written hold, may be the room it needs.
+                let is_in_the_way = is_second && self.stopping && !self.writing.is_empty();
+                if !self.write_back(node, false) && (self.disk().has_retired() || is_in_the_way) {
                     to = node.0;
                     break;
                 }
             }
             let is_stuck = to == from && to < end;
-            if to == end && checks == 0 && !is_second {
+            // The second walk sees what the first one's writes have made room for.
+            let is_written = !self.stopping || self.writing.is_empty();
+            if to == end && checks == 0 && !is_second && is_written {
                 (to, is_second) = (0, true);
             } else if to == end && is_second {
                 last_write_back = last_write_back.or(Some(self.last_write_back));

@@ -159,9 +159,7 @@ impl World {
         let is_bounded =
             write_bytes_per_day.is_some() || tenants.iter().any(|tenant| tenant.disk_quota_bytes.is_some());
         // A disk that had to evict may have no slot of the right size.
-        // Not yet after warm restarts: HACKING, Known gaps.
-        let is_warm = self.scenario.warm_restarts > 0;
-        if disk.is_some() && !is_bounded && !is_warm && self.core.counters().evicted_disk == 0 {
+        if disk.is_some() && !is_bounded && self.core.counters().evicted_disk == 0 {
             let left = self.oracle.present().into_iter().filter(|(_, place)| *place == Place::Host);
             let left: Vec<Block> = left.map(|(block, _)| block).collect();
             for block in left {
