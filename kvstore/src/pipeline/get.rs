@@ -80,7 +80,8 @@ impl Core {
                     if wait.blocks.is_empty() && self.may_wait_for_room(tenant, deadline_ms, patience) =>
                 {
                     let verb = Verb::Acquire { attachment, keys, bytes_max, door };
-                    self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience, false);
+                    // The disk may take seconds to write what holds the room; the caller says how long that is worth.
+                    self.wait_for_room(Request { id, tenant, deadline_ms, verb }, deadline_ms);
                     return None;
                 }
                 Err(end) => {

@@ -53,7 +53,9 @@ impl Core {
             }
             let verb = Verb::Reserve { attachment, parent, keys, shard, bytes_max, door };
             let could_evict = self.host.tier.has_segments(owner);
-            self.wait_for_room(Request { id, tenant, deadline_ms, verb }, patience, could_evict);
+            let until_ms =
+                patience.map_or_else(|| self.put_waits_until_ms(tenant, could_evict), |patience| patience.until_ms);
+            self.wait_for_room(Request { id, tenant, deadline_ms, verb }, until_ms);
             return None;
         }
         for outcome in &outcomes {

@@ -31,7 +31,7 @@ const DEAD_PER_SLOT: usize = 8;
 const WRITTEN_PER_SLOT: usize = 32;
 /// Requests tried again at once.
 const RETRIES: usize = 64;
-/// Longest wait for room. What is not there by then is taken from the coldest, or refused.
+/// Longest wait of a put for room. What is not there by then is taken from the coldest, or refused.
 const WAIT_MS: u64 = 200;
 /// Inner blocks of a shelf without a leaf whose descendants are looked at for one slot.
 const INNER_PER_SLOT: usize = 8;
@@ -142,13 +142,16 @@ impl Core {
         in_time && self.room_is_coming(tenant) && self.pending.has_room()
     }
 
-    /// A request waits for room: a while; for memory that is being prepared until its deadline, unless it could evict instead.
-    pub(super) fn wait_for_room(&mut self, request: Request, patience: Option<Patience>, could_evict: bool) {
-        let patience = patience.unwrap_or_else(|| {
-            let wait_ms = if self.memory_is_coming(request.tenant) && !could_evict { u64::MAX } else { WAIT_MS };
-            Patience { until_ms: request.deadline_ms.min(self.now_ms.saturating_add(wait_ms)) }
-        });
-        self.pending.park(request.id, patience.until_ms, Waiting::Room(request, patience));
+    /// A request waits for room until then, at the latest until its deadline.
+    pub(super) fn wait_for_room(&mut self, request: Request, until_ms: u64) {
+        let until_ms = until_ms.min(request.deadline_ms);
+        self.pending.park(request.id, until_ms, Waiting::Room(request, Patience { until_ms }));
+    }
+
+    /// How long a put waits for room: a while; for memory that is being prepared until its deadline, unless it could evict instead.
+    pub(super) fn put_waits_until_ms(&self, tenant: TenantId, could_evict: bool) -> u64 {
+        let wait_ms = if self.memory_is_coming(tenant) && !could_evict { u64::MAX } else { WAIT_MS };
+        self.now_ms.saturating_add(wait_ms)
     }
 
     /// Tries requests that wait for room, oldest first.

@@ -1,4 +1,4 @@
-//! Who gets which segment of host memory, and when.
+//! Who gets which segment of host memory, and when; and who waits for room in it.
 
 use std::collections::VecDeque;
 
@@ -6,14 +6,15 @@ use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt, sum};
 
 use super::*;
 use crate::names::{AttachmentId, Door, Hold, RequestId};
-use crate::pipeline::{CoreConfig, Event, TenantConfig};
+use crate::pipeline::{CoreConfig, DiskConfig, Event, TenantConfig};
+use crate::transfer::{Outcome, Transfer, TransferId};
 use crate::verb::{AttachVerb, Filled, Reply, Request, ReserveOutcome, Verb};
 
 const BLOCK_BYTES: u64 = 16 << 10;
 const BLOCKS_PER_SEGMENT: u64 = 4;
 const WAIT_MS: u64 = 5_000;
 
-/// A core without a disk, and what it asked for.
+/// A core, and what it asked for.
 struct Site {
     core: Core,
     now_ms: u64,
@@ -22,11 +23,17 @@ struct Site {
     replies: BTreeMap<RequestId, Reply>,
     /// Segments that it wants to have prepared: for whom, and whether they were used.
     asked: VecDeque<(u32, TenantId, bool)>,
+    /// What its disk is to do.
+    started: VecDeque<(TransferId, Transfer)>,
 }
 
 impl Site {
-    /// So many segments, with a quota for each tenant. Nothing is prepared yet.
+    /// So many segments, with a quota for each tenant, and no disk. Nothing is prepared yet.
     fn new(segment_count: u32, quotas: &[Option<u64>]) -> Self {
+        Self::over(None, segment_count, quotas)
+    }
+
+    fn over(disk: Option<DiskConfig>, segment_count: u32, quotas: &[Option<u64>]) -> Self {
         let tenant = |(quota, name): (&Option<u64>, u32)| {
             let name = name.to_string();
             let salt = TenantSalt::of_tenant(b"", &name);
@@ -34,20 +41,22 @@ impl Site {
         };
         let tenants: Vec<TenantConfig> = quotas.iter().zip(0..).map(tenant).collect();
         let salts: Vec<TenantSalt> = tenants.iter().map(|tenant| tenant.salt).collect();
-        let core = Core::new(CoreConfig {
+        let mut core = Core::new(CoreConfig {
             tenants,
             host_segment_bytes: BLOCKS_PER_SEGMENT * BLOCK_BYTES,
             host_segment_count: segment_count,
             ingest_segment_count: 0,
-            disk: None,
+            disk,
             write_bytes_per_day: None,
             allow_public: false,
             seed: 1,
         });
+        // The files are new.
+        assert!(core.recover(Vec::new()).is_empty());
         let namespace = Namespace::text("model", "bf16", 16);
         let roots = salts.iter().map(|salt| namespace.root(salt)).collect();
-        let (replies, asked) = Default::default();
-        let mut site = Self { core, now_ms: 0, requests: 0, roots, replies, asked };
+        let (replies, asked, started) = Default::default();
+        let mut site = Self { core, now_ms: 0, requests: 0, roots, replies, asked, started };
         for id in 0..quotas.len() as u16 {
             let attach = AttachVerb {
                 attachment: AttachmentId(id.into()),
@@ -78,6 +87,7 @@ impl Site {
             match action {
                 Action::Reply(id, reply) => _ = self.replies.insert(id, reply),
                 Action::PrepareSegment { segment, tenant, used } => self.asked.push_back((segment, tenant, used)),
+                Action::Start(_, id, transfer) => self.started.push_back((id, transfer)),
                 _ => {}
             }
         }
@@ -106,11 +116,10 @@ impl Site {
 
     /// Reserves the block of that number.
     fn reserve(&mut self, tenant: u16, number: u32) -> RequestId {
-        let parent = self.roots[usize::from(tenant)];
         let verb = Verb::Reserve {
             attachment: AttachmentId(tenant.into()),
-            parent,
-            keys: vec![parent.child(&[number; 16], &[])],
+            parent: self.roots[usize::from(tenant)],
+            keys: vec![self.key(tenant, number)],
             shard: Shard::WHOLE,
             bytes_max: u64::MAX,
             door: Door::Stream,
@@ -138,6 +147,38 @@ impl Site {
         let sums = vec![0; sum::fragment_count(BLOCK_BYTES as usize)];
         self.ask(TenantId(tenant), Verb::Commit(AttachmentId(tenant.into()), vec![Filled { hold, sums }]));
         true
+    }
+
+    fn key(&self, tenant: u16, number: u32) -> BlockKey {
+        self.roots[usize::from(tenant)].child(&[number; 16], &[])
+    }
+
+    /// Asks for the block of that number.
+    fn acquire(&mut self, tenant: u16, number: u32) -> RequestId {
+        let (attachment, keys) = (AttachmentId(tenant.into()), vec![self.key(tenant, number)]);
+        self.ask(TenantId(tenant), Verb::Acquire { attachment, keys, bytes_max: u64::MAX, door: Door::Stream })
+    }
+
+    /// Blocks that an acquire brought; `None` while it waits.
+    fn acquired(&mut self, id: RequestId) -> Option<usize> {
+        let Reply::Acquired(acquired) = self.replies.remove(&id)? else { panic!("an acquire is answered") };
+        Some(acquired.blocks.len())
+    }
+
+    /// Has the disk do what it was asked for; of which kind that was.
+    fn disk_does(&mut self) -> Vec<&'static str> {
+        let sums = vec![0; sum::fragment_count(BLOCK_BYTES as usize)];
+        let mut done = Vec::new();
+        while let Some((id, transfer)) = self.started.pop_front() {
+            let (kind, sums) = match transfer {
+                Transfer::Load { .. } => ("load", sums.clone()),
+                Transfer::WriteBack { .. } => ("write", Vec::new()),
+                Transfer::WritePage { .. } | Transfer::Flush => ("directory", Vec::new()),
+            };
+            done.push(kind);
+            self.step(Event::TransferDone(id, Outcome::Done(sums)));
+        }
+        done
     }
 
     fn hold(&mut self, id: RequestId) -> Hold {
@@ -259,4 +300,43 @@ fn the_next_segment_comes_before_it_is_waited_for_while_others_have_one_left() {
     }
     assert_eq!(site.asked, [], "the other's last one is left to it");
     assert_eq!(site.core.host.tier.slab.free_count(TenantId(1)), 1);
+}
+
+#[test]
+fn a_get_waits_until_its_deadline_while_what_holds_the_room_is_being_written() {
+    for is_written in [true, false] {
+        let disk = DiskConfig {
+            segment_bytes: BLOCKS_PER_SEGMENT * BLOCK_BYTES,
+            segment_count: 4,
+            file_count: 1,
+            depth: 8,
+            page_key: [0; 32],
+        };
+        let mut site = Site::over(Some(disk), 1, &[None]);
+        site.prepare();
+        // The first comes to lie on disk alone.
+        for number in 0..4 {
+            assert!(site.put(0, number));
+        }
+        let durable = |keys| Verb::Durable(AttachmentId(0), keys);
+        site.ask(TenantId(0), durable(vec![site.key(0, 0)]));
+        site.disk_does();
+        assert!(site.put(0, 4));
+        // All others are leased, but for one that the disk is slow to write.
+        for number in 1..4 {
+            let id = site.acquire(0, number);
+            assert_eq!(site.acquired(id), Some(1));
+        }
+        site.ask(TenantId(0), durable(vec![site.key(0, 4)]));
+        let id = site.acquire(0, 0);
+        (0..(WAIT_MS - 10) / 10).for_each(|_| site.pass(10));
+        assert_eq!(site.acquired(id), None, "it waits");
+        if is_written {
+            assert!(site.disk_does().contains(&"load"));
+            assert_eq!(site.acquired(id), Some(1));
+        } else {
+            site.pass(20);
+            assert_eq!(site.acquired(id), Some(0));
+        }
+    }
 }
