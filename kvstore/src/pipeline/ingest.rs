@@ -285,7 +285,7 @@ impl Core {
         }
     }
 
-    /// Begins to copy what finds room, in the order in which it was committed; drops segments; tells who waited for what was lost.
+    /// Makes and drops segments; tells who waited for what was lost.
     pub(super) fn pump_ingest(&mut self, actions: &mut Actions) {
         for promotion in std::mem::take(&mut self.ingest.lost) {
             self.promotion_failed(promotion, actions);
@@ -299,6 +299,10 @@ impl Core {
             self.room_made = true;
         }
         self.ingest.is_blocked &= !self.room_made;
+    }
+
+    /// Begins to copy what finds room; what finds none comes behind the others.
+    pub(super) fn pump_promotions(&mut self, actions: &mut Actions) {
         let mut skipped = VecDeque::new();
         while !self.ingest.is_blocked
             && self.ingest.in_flight < limits::PROMOTIONS_MAX

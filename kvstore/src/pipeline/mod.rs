@@ -404,7 +404,9 @@ impl Core {
     /// What every event may have made possible.
     fn settle(&mut self, actions: &mut Actions) {
         self.pump_ingest(actions);
+        // Who asks for what is there comes before what is new.
         self.retry_for_room(actions);
+        self.pump_promotions(actions);
         self.pump_directory(actions);
         self.pump_lanes(actions);
         self.pump_preparation(actions);

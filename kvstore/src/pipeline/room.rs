@@ -4,10 +4,10 @@
 use super::{Action, Actions, Core, Draining};
 use crate::completion::{Patience, Waiting};
 use crate::limits;
-use crate::names::{GroupId, NodeId, Place, SlotId, TenantId};
-use crate::tier::Tier;
+use crate::names::{AttachmentId, Door, GroupId, NodeId, Place, RequestId, SlotId, TenantId};
 use crate::tier::disk::DiskTier;
 use crate::tier::slab::{Owner, ShelfId, Slab, SlotState};
+use crate::tier::{self, Tier};
 use crate::verb::{Reply, Request, Verb};
 
 /// Why there is no slot.
@@ -37,6 +37,17 @@ const WAIT_MS: u64 = 200;
 const INNER_PER_SLOT: usize = 8;
 /// Evictions for one slot: a small slot may have to go for each page of a big one's quota.
 const EVICTIONS_PER_SLOT: usize = 64;
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct WantedRoom {
+    tenant: TenantId,
+    /// Of each slot; none where none is needed any more.
+    slot_bytes: Option<u32>,
+    /// Whose ingest memory.
+    writer: Option<AttachmentId>,
+    is_get: bool,
+}
 
 impl Core {
     pub(super) fn tier(&self, place: Place) -> &Tier {
@@ -154,19 +165,48 @@ impl Core {
         self.now_ms.saturating_add(wait_ms)
     }
 
-    /// Tries requests that wait for room, oldest first.
+    /// Tries requests that wait for room, oldest first. One that still finds none holds up nobody but those that want the same.
     pub(super) fn retry_for_room(&mut self, actions: &mut Actions) {
         if !std::mem::take(&mut self.room_made) {
             return;
         }
-        let waiting = self.pending.which(|waiting| matches!(waiting, Waiting::Room(..)));
-        for id in waiting.into_iter().take(RETRIES) {
+        let (mut tries, mut in_vain) = (0, Vec::new());
+        for id in self.pending.which(|waiting| matches!(waiting, Waiting::Room(..))) {
+            let Some(wanted) = self.wanted_room(id).filter(|wanted| !in_vain.contains(wanted)) else { continue };
             let Some(Waiting::Room(request, patience)) = self.pending.take(id) else { continue };
-            // One that still finds none holds nobody up: others may want another size.
             if let Some(reply) = self.again(request, patience) {
                 actions.push(Action::Reply(id, reply));
+            } else if matches!(self.pending.get_mut(id), Some(Waiting::Room(..))) && wanted.slot_bytes.is_some() {
+                in_vain.push(wanted);
+            }
+            tries += 1;
+            if tries == RETRIES {
+                return;
             }
         }
+    }
+
+    fn wanted_room(&mut self, id: RequestId) -> Option<WantedRoom> {
+        let Some(Waiting::Room(Request { tenant, verb, .. }, _)) = self.pending.get_mut(id) else { return None };
+        let tenant = *tenant;
+        let (attachment, first, shard, writer) = match verb {
+            Verb::Acquire { attachment, keys, .. } => (*attachment, keys.first().copied(), None, None),
+            Verb::Reserve { attachment, shard, door, .. } => {
+                (*attachment, None, Some(*shard), (*door == Door::Ring).then_some(*attachment))
+            }
+            _ => unreachable!("only leases and reservations wait for room"),
+        };
+        let none = WantedRoom { tenant, slot_bytes: None, writer, is_get: shard.is_none() };
+        // One whose attachment ended is told so.
+        let Some(under) = self.under(tenant, attachment) else { return Some(none) };
+        let slot_bytes = if let Some(shard) = shard {
+            Some(tier::shard_slot_bytes(&under.layout, shard.count as u8))
+        } else {
+            let node = first.and_then(|key| self.index.find(under.namespace, &key)).map(|node| self.index.node(node));
+            let on_disk = node.filter(|node| node.copy(Place::Host).is_none()).and_then(|node| node.copy(Place::Disk));
+            on_disk.map(|first| self.disk().tier.slab.slot_bytes(first))
+        };
+        Some(WantedRoom { slot_bytes, ..none })
     }
 
     /// Tries a request that waited for room.

@@ -80,7 +80,7 @@ impl Core {
         true
     }
 
-    /// What is queued cannot be evicted, so a quarter of host memory is the most.
+    /// What is queued cannot be evicted, so a quarter of host memory is the most of what nobody waits for and nothing hangs on.
     fn is_write_back_full(&self, more_bytes: u64) -> bool {
         let slab = &self.host.tier.slab;
         let host_bytes = slab.segment_bytes() * u64::from(slab.segment_count());

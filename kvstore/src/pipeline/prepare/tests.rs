@@ -165,20 +165,13 @@ impl Site {
         Some(acquired.blocks.len())
     }
 
-    /// Has the disk do what it was asked for; of which kind that was.
-    fn disk_does(&mut self) -> Vec<&'static str> {
+    /// Has the disk do all of this kind that it was asked for.
+    fn disk_does(&mut self, is_wanted: impl Fn(&Transfer) -> bool) {
         let sums = vec![0; sum::fragment_count(BLOCK_BYTES as usize)];
-        let mut done = Vec::new();
-        while let Some((id, transfer)) = self.started.pop_front() {
-            let (kind, sums) = match transfer {
-                Transfer::Load { .. } => ("load", sums.clone()),
-                Transfer::WriteBack { .. } => ("write", Vec::new()),
-                Transfer::WritePage { .. } | Transfer::Flush => ("directory", Vec::new()),
-            };
-            done.push(kind);
-            self.step(Event::TransferDone(id, Outcome::Done(sums)));
+        while let Some(at) = self.started.iter().position(|(_, transfer)| is_wanted(transfer)) {
+            let (id, _) = self.started.remove(at).expect("it was found there");
+            self.step(Event::TransferDone(id, Outcome::Done(sums.clone())));
         }
-        done
     }
 
     fn hold(&mut self, id: RequestId) -> Hold {
@@ -302,9 +295,10 @@ fn the_next_segment_comes_before_it_is_waited_for_while_others_have_one_left() {
     assert_eq!(site.core.host.tier.slab.free_count(TenantId(1)), 1);
 }
 
-#[test]
-fn a_get_waits_until_its_deadline_while_what_holds_the_room_is_being_written() {
-    for is_written in [true, false] {
+impl Site {
+    /// One segment, and a disk. The blocks 0 and 1 are on disk alone; of the four in memory two are leased, and the others, 4 and 5, are
+    /// being written.
+    fn crowded() -> Self {
         let disk = DiskConfig {
             segment_bytes: BLOCKS_PER_SEGMENT * BLOCK_BYTES,
             segment_count: 4,
@@ -312,31 +306,72 @@ fn a_get_waits_until_its_deadline_while_what_holds_the_room_is_being_written() {
             depth: 8,
             page_key: [0; 32],
         };
-        let mut site = Site::over(Some(disk), 1, &[None]);
+        let mut site = Self::over(Some(disk), 1, &[None]);
         site.prepare();
-        // The first comes to lie on disk alone.
-        for number in 0..4 {
+        for number in [0, 1] {
+            assert!(site.put(0, number));
+            site.write(number);
+            site.disk_does(|_| true);
+        }
+        for number in 2..6 {
             assert!(site.put(0, number));
         }
-        let durable = |keys| Verb::Durable(AttachmentId(0), keys);
-        site.ask(TenantId(0), durable(vec![site.key(0, 0)]));
-        site.disk_does();
-        assert!(site.put(0, 4));
-        // All others are leased, but for one that the disk is slow to write.
-        for number in 1..4 {
+        // What it wrote unasked.
+        site.disk_does(|_| true);
+        for number in [2, 3] {
             let id = site.acquire(0, number);
             assert_eq!(site.acquired(id), Some(1));
         }
-        site.ask(TenantId(0), durable(vec![site.key(0, 4)]));
+        site.write(4);
+        site.write(5);
+        assert_eq!(site.core.counters().evicted_host, 2);
+        site
+    }
+
+    /// Has the block of that number written, sooner or later.
+    fn write(&mut self, number: u32) {
+        let durable = Verb::Durable(AttachmentId(0), vec![self.key(0, number)]);
+        self.ask(TenantId(0), durable);
+    }
+
+    fn write_ends(&mut self) {
+        let writes = |(_, transfer): &(TransferId, Transfer)| matches!(transfer, Transfer::WriteBack { .. });
+        let at = self.started.iter().position(writes).expect("one is under way");
+        let (id, _) = self.started.remove(at).expect("it was found there");
+        self.step(Event::TransferDone(id, Outcome::Done(Vec::new())));
+    }
+
+    fn loads_end(&mut self) {
+        self.disk_does(|transfer| matches!(transfer, Transfer::Load { .. }));
+    }
+}
+
+#[test]
+fn a_get_waits_until_its_deadline_while_what_holds_the_room_is_being_written() {
+    for is_written in [true, false] {
+        let mut site = Site::crowded();
         let id = site.acquire(0, 0);
         (0..(WAIT_MS - 10) / 10).for_each(|_| site.pass(10));
         assert_eq!(site.acquired(id), None, "it waits");
         if is_written {
-            assert!(site.disk_does().contains(&"load"));
+            site.write_ends();
+            site.loads_end();
             assert_eq!(site.acquired(id), Some(1));
         } else {
             site.pass(20);
             assert_eq!(site.acquired(id), Some(0));
         }
     }
+}
+
+#[test]
+fn gets_that_wait_for_room_come_in_their_order() {
+    let mut site = Site::crowded();
+    let (first, second) = (site.acquire(0, 0), site.acquire(0, 1));
+    site.write_ends();
+    site.loads_end();
+    assert_eq!((site.acquired(first), site.acquired(second)), (Some(1), None));
+    site.write_ends();
+    site.loads_end();
+    assert_eq!(site.acquired(second), Some(1));
 }
