@@ -86,7 +86,7 @@ pub struct Hold {
 /// Whose a hold is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// The group that it belongs to: each of its members may end it.
+    /// The group that it belongs to: each of its members may end it, by the same door.
     pub group: GroupId,
     /// The member that asked for it.
     pub attachment: AttachmentId,
@@ -108,8 +108,8 @@ pub enum Door {
 pub enum By {
     /// The daemon, for whoever dropped an answer.
     Daemon,
-    /// A member of this group.
-    Group(GroupId),
+    /// A member of this group, by this door: what a stream holds only that stream ends.
+    Group(GroupId, Door),
 }
 
 /// A tier as residency names it.

@@ -58,7 +58,14 @@ pub enum Verb {
         door: Door,
     },
     /// Reserved slots are filled.
-    Commit(AttachmentId, Vec<Filled>),
+    Commit {
+        /// Under which.
+        attachment: AttachmentId,
+        /// Which, and their sums.
+        filled: Vec<Filled>,
+        /// Who has written to them.
+        door: Door,
+    },
     /// Reserved slots will not be filled.
     Abort(By, Vec<Hold>),
     /// Leases on the longest run of blocks.

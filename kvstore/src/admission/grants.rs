@@ -1,5 +1,5 @@
 //! Who holds what: every reservation and every lease has a name of its own, good once. Giving one back a second time, or under a name
-//! that was guessed, does nothing; so does giving back another group's.
+//! that was guessed, does nothing; so does giving back another group's, or, by the ring, what a stream of the own group still copies.
 
 use crate::limits;
 use crate::names::{AttachmentId, By, Hold, Holder, SlotId};
@@ -89,7 +89,7 @@ impl Grants {
         let entry = self.entries.get(hold.place as usize).filter(|entry| entry.generation == hold.generation)?;
         entry.grant.filter(|grant| match by {
             By::Daemon => true,
-            By::Group(group) => grant.holder.group == group,
+            By::Group(group, door) => (grant.holder.group, grant.holder.door) == (group, door),
         })
     }
 
@@ -141,9 +141,17 @@ mod tests {
     fn a_hold_is_ended_by_its_own_group_and_for_what_it_is() {
         let mut grants = Grants::default();
         let hold = grants.grant(grant(1, Right::Reservation)).unwrap();
-        assert_eq!(grants.end(hold, Right::Reservation, By::Group(GroupId(2))), None);
-        assert_eq!(grants.end(hold, Right::Lease, By::Group(GroupId(1))), None);
-        assert!(grants.end(hold, Right::Reservation, By::Group(GroupId(1))).is_some());
+        assert_eq!(grants.end(hold, Right::Reservation, By::Group(GroupId(2), Door::Stream)), None);
+        assert_eq!(grants.end(hold, Right::Lease, By::Group(GroupId(1), Door::Stream)), None);
+        assert!(grants.end(hold, Right::Reservation, By::Group(GroupId(1), Door::Stream)).is_some());
         assert_eq!(grants.all().count(), 0);
+    }
+
+    #[test]
+    fn a_hold_is_ended_by_the_door_that_it_was_granted_by() {
+        let mut grants = Grants::default();
+        let hold = grants.grant(grant(1, Right::Lease)).unwrap();
+        assert_eq!(grants.end(hold, Right::Lease, By::Group(GroupId(1), Door::Ring)), None);
+        assert!(grants.end(hold, Right::Lease, By::Group(GroupId(1), Door::Stream)).is_some());
     }
 }

@@ -94,16 +94,14 @@ pub fn request(
         }
         door::Request::Commit(filled) => {
             let filled = filled.into_owned().into_iter();
-            Verb::Commit(
-                attachment,
-                filled.map(|door::Filled { hold, sums }| verb::Filled { hold: name(hold), sums }).collect(),
-            )
+            let filled = filled.map(|door::Filled { hold, sums }| verb::Filled { hold: name(hold), sums }).collect();
+            Verb::Commit { attachment, filled, door }
         }
-        door::Request::Abort(holds) => Verb::Abort(By::Group(member.group), names(&holds)),
+        door::Request::Abort(holds) => Verb::Abort(By::Group(member.group, door), names(&holds)),
         door::Request::Acquire { bytes_max, keys } => {
             Verb::Acquire { attachment, keys: keys.into_owned(), bytes_max, door }
         }
-        door::Request::Release(holds) => Verb::Release(By::Group(member.group), names(&holds)),
+        door::Request::Release(holds) => Verb::Release(By::Group(member.group, door), names(&holds)),
         door::Request::Lookup(keys) => Verb::Lookup(attachment, keys.into_owned()),
         door::Request::Prefetch(keys) => Verb::Prefetch(attachment, keys.into_owned()),
         door::Request::Durable(keys) => Verb::Durable(attachment, keys.into_owned()),

@@ -345,7 +345,7 @@ impl Core {
             }
             Verb::Lookup(attachment, keys) => Some(self.lookup(tenant, attachment, &keys)),
             Verb::Reserve { .. } => self.reserve(Request { id, tenant, deadline_ms, verb }, None),
-            Verb::Commit(attachment, filled) => Some(self.commit(tenant, attachment, &filled)),
+            Verb::Commit { attachment, filled, door } => Some(self.commit(tenant, attachment, &filled, door)),
             Verb::Abort(by, holds) => {
                 self.abort(by, &holds);
                 Some(Reply::Done)

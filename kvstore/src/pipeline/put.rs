@@ -164,14 +164,21 @@ impl Core {
         }
     }
 
-    pub(super) fn commit(&mut self, tenant: TenantId, attachment: AttachmentId, filled: &[Filled]) -> Reply {
+    pub(super) fn commit(
+        &mut self,
+        tenant: TenantId,
+        attachment: AttachmentId,
+        filled: &[Filled],
+        door: Door,
+    ) -> Reply {
         // A group that has left vouches for nothing: whoever held the slots for it gives them back.
         let Some(under) = self.under(tenant, attachment) else { return Self::unattached(attachment) };
+        let under = Under { holder: Holder { door, ..under.holder }, ..under };
         Reply::Committed(filled.iter().map(|filled| self.commit_slot(under, filled)).collect())
     }
 
     fn commit_slot(&mut self, under: Under, filled: &Filled) -> CommitOutcome {
-        let by = By::Group(under.holder.group);
+        let by = By::Group(under.holder.group, under.holder.door);
         let Some(Grant { slot, .. }) =
             self.grants.get(filled.hold, by).filter(|grant| grant.right == Right::Reservation)
         else {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use crate::admission::grants::{Grant, Right};
 use crate::completion::{PurgeWait, Waiting};
 use crate::limits;
-use crate::names::{AttachmentId, Door, NodeId, Place, RequestId, TenantId};
+use crate::names::{AttachmentId, By, Door, Hold, Holder, NodeId, Place, RequestId, TenantId};
 use crate::status::{CoreStatus, TenantStatus, TierStatus};
 use crate::tier::slab::{Owner, SlotState};
 use crate::verb::{Reply, Residency};
@@ -106,6 +106,11 @@ impl Core {
     pub fn local_process(&self, id: AttachmentId) -> Option<(TenantId, Option<AttachmentId>)> {
         let attachment = self.attachments.peek(id).filter(|_| self.attachments.is_local(id))?;
         Some((attachment.tenant, attachment.former))
+    }
+
+    /// Whose a hold is; `None` once it has ended.
+    pub fn holder(&self, hold: Hold) -> Option<Holder> {
+        self.grants.get(hold, By::Daemon).map(|grant| grant.holder)
     }
 
     /// Everything counted so far.

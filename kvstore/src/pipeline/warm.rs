@@ -501,11 +501,11 @@ impl Core {
         self.end_unconfirmed(unclaimed);
     }
 
-    /// Any member of a group may confirm what the group holds.
+    /// Any member of a group may confirm what the group holds in place.
     fn confirm_one(&mut self, group: GroupId, held: &Held) -> bool {
         let Held { hold, segment, offset, is_reservation } = *held;
         let right = if is_reservation { Right::Reservation } else { Right::Lease };
-        let grant = self.grants.get(hold, By::Group(group)).filter(|grant| grant.right == right);
+        let grant = self.grants.get(hold, By::Group(group, Door::Ring)).filter(|grant| grant.right == right);
         let Some(Grant { slot, holder, .. }) = grant else { return false };
         let extent = self.host.extent(slot);
         if (extent.segment, extent.offset) != (segment, offset) {

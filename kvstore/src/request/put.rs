@@ -166,7 +166,7 @@ impl BlocksServer {
             return Ok(());
         }
         let holds: Vec<Hold> = filled.iter().map(|filled| filled.hold).collect();
-        let verb = Verb::Commit(session.attachment, filled);
+        let verb = Verb::Commit { attachment: session.attachment, filled, door: Door::Stream };
         let committed = match self.ask(session, limits::DEADLINE_DEFAULT, verb).await? {
             Reply::Committed(committed) => committed,
             other => return Err(Status::internal(format!("the core did not answer the commit: {other:?}"))),

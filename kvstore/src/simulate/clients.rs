@@ -415,7 +415,8 @@ impl World {
             Filled { hold: put.hold, sums }
         });
         let filled = filled.collect();
-        self.ask(tenant, deadline_ms, Verb::Commit(attachment, filled), Question::Commit { puts });
+        let door = if puts[0].is_local { Door::Ring } else { Door::Stream };
+        self.ask(tenant, deadline_ms, Verb::Commit { attachment, filled, door }, Question::Commit { puts });
     }
 
     /// Whatever a commit did not take is given back, as the daemon does for its streams.
@@ -514,11 +515,14 @@ impl World {
         let (tenant, attachment) = self.member(group);
         let space = self.groups[group].space;
         let root = self.scenario.spaces[space].root;
+        if self.random.happens(300) {
+            return self.end_by_other_door(tenant);
+        }
         // Guessed: not the group's own, which it may end as it likes.
         let never = u32::MAX - self.random.below(9) as u32;
         let others = self.random.below(9) as u32;
         let hold = Hold { place: self.random.below(40) as u32, generation: others };
-        let stranger = By::Group(GroupId(u32::MAX));
+        let stranger = By::Group(GroupId(u32::MAX), self.random.pick(&[Door::Stream, Door::Ring]));
         let [one, other] = [1, 2].map(|byte| BlockKey::from_bytes([byte; 32]));
         let shard = Shard { index: 0, count: 1 };
         let reserve = |parent, key| Verb::Reserve {
@@ -533,10 +537,11 @@ impl World {
             0 => Verb::Lookup(AttachmentId(u64::MAX), vec![root]),
             1 => Verb::Release(stranger, vec![hold]),
             2 => Verb::Abort(stranger, vec![hold]),
-            3 => Verb::Commit(
+            3 => Verb::Commit {
                 attachment,
-                vec![Filled { hold: Hold { generation: never, ..hold }, sums: vec![sum::GOLDEN] }],
-            ),
+                filled: vec![Filled { hold: Hold { generation: never, ..hold }, sums: vec![sum::GOLDEN] }],
+                door: self.random.pick(&[Door::Stream, Door::Ring]),
+            },
             4 => Verb::Acquire { attachment, keys: Vec::new(), bytes_max: 0, door: Door::Ring },
             5 => Verb::Reserve {
                 attachment,
@@ -551,5 +556,27 @@ impl World {
         };
         let deadline_ms = self.deadline_ms();
         self.ask(tenant, deadline_ms, verb, Question::Any);
+    }
+
+    /// A member of a group ends by one door what the group holds by the other, whoever guessed its name: nothing comes of it.
+    fn end_by_other_door(&mut self, tenant: TenantId) {
+        let mut held: Vec<Hold> = self.puts().flatten().map(|put| put.hold).collect();
+        held.extend(self.leases().map(|lease| lease.hold));
+        if held.is_empty() {
+            return;
+        }
+        let hold = self.random.pick(&held);
+        let Some(holder) = self.core.holder(hold) else { return };
+        let door = if holder.door == Door::Ring { Door::Stream } else { Door::Ring };
+        let by = By::Group(holder.group, door);
+        let filled = vec![Filled { hold, sums: vec![sum::GOLDEN] }];
+        let verb = match self.random.below(3) {
+            0 => Verb::Release(by, vec![hold]),
+            1 => Verb::Abort(by, vec![hold]),
+            _ => Verb::Commit { attachment: holder.attachment, filled, door },
+        };
+        let deadline_ms = self.deadline_ms();
+        self.ask(tenant, deadline_ms, verb, Question::Any);
+        assert_eq!(self.core.holder(hold), Some(holder), "ended by the other door");
     }
 }

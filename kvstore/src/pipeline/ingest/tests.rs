@@ -100,14 +100,27 @@ impl Site {
         process
     }
 
+    /// The key of the next block that is reserved.
+    fn next_key(&self, root: BlockKey) -> BlockKey {
+        root.child(&[self.requests as u32; 16], &[])
+    }
+
     /// A block that nobody has reserved yet.
     fn reserve(&mut self, Process { tenant, id, root }: Process, door: Door) -> ReserveOutcome {
-        let keys = vec![root.child(&[self.requests as u32; 16], &[])];
+        let keys = vec![self.next_key(root)];
         let (shard, bytes_max) = (Shard::WHOLE, u64::MAX);
         let verb = Verb::Reserve { attachment: id, parent: root, keys, shard, bytes_max, door };
         match self.ask(tenant, verb) {
             Some(Reply::Reserved(outcomes)) => outcomes[0],
             reply => panic!("no reservation: {reply:?}"),
+        }
+    }
+
+    fn commit(&mut self, process: Process, hold: Hold, block_bytes: u64, door: Door) -> CommitOutcome {
+        let filled = vec![Filled { hold, sums: vec![0; sum::fragment_count(block_bytes as usize)] }];
+        match self.ask(process.tenant, Verb::Commit { attachment: process.id, filled, door }) {
+            Some(Reply::Committed(outcomes)) => outcomes[0],
+            reply => panic!("not committed: {reply:?}"),
         }
     }
 
@@ -134,14 +147,9 @@ fn a_block_is_committed_under_its_own_namespace_alone() {
     let small = site.attach(0, "engine", "", SMALL);
     let large = site.attach(0, "engine", "adapter", LARGE);
     let ReserveOutcome::Granted { hold, .. } = site.reserve(small, Door::Stream) else { panic!("there is room") };
-    let sums = vec![0; sum::fragment_count(LARGE as usize)];
-    let commit = |process: Process, sums| Verb::Commit(process.id, vec![Filled { hold, sums }]);
-    let reply = site.ask(TenantId(0), commit(large, sums));
-    assert!(matches!(reply, Some(Reply::Committed(outcomes)) if outcomes == [CommitOutcome::Gone]));
+    assert_eq!(site.commit(large, hold, LARGE, Door::Stream), CommitOutcome::Gone);
     let ReserveOutcome::Granted { hold, .. } = site.reserve(small, Door::Stream) else { panic!("it was ended") };
-    let sums = vec![0; sum::fragment_count(SMALL as usize)];
-    let reply = site.ask(TenantId(0), Verb::Commit(small.id, vec![Filled { hold, sums }]));
-    assert!(matches!(reply, Some(Reply::Committed(outcomes)) if outcomes == [CommitOutcome::Stored]));
+    assert_eq!(site.commit(small, hold, SMALL, Door::Stream), CommitOutcome::Stored);
 }
 
 #[test]
@@ -185,4 +193,21 @@ fn memory_that_was_made_for_who_did_not_wait_for_it_is_given_to_others() {
     let (hasty, other) = (site.local(0), site.local(0));
     assert_eq!(site.reserve(hasty, Door::Ring), ReserveOutcome::NoRoom);
     assert!(site.write(other).is_some(), "it lies ready for nobody");
+}
+
+#[test]
+fn what_a_stream_holds_only_that_stream_ends() {
+    let mut site = Site::new(1, 2);
+    let local = site.local(0);
+    let group = site.core.attachments.group(local.id).expect("it is attached");
+    let key = site.next_key(local.root);
+    let ReserveOutcome::Granted { hold, .. } = site.reserve(local, Door::Stream) else { panic!("there is room") };
+    site.ask(local.tenant, Verb::Abort(By::Group(group, Door::Ring), vec![hold]));
+    assert_eq!(site.commit(local, hold, SMALL, Door::Ring), CommitOutcome::Gone, "the ring holds nothing");
+    assert_eq!(site.commit(local, hold, SMALL, Door::Stream), CommitOutcome::Stored);
+    let acquire = Verb::Acquire { attachment: local.id, keys: vec![key], bytes_max: u64::MAX, door: Door::Stream };
+    let Some(Reply::Acquired(acquired)) = site.ask(local.tenant, acquire) else { panic!("it is there") };
+    let lease = acquired.blocks[0].parts[0].hold;
+    site.ask(local.tenant, Verb::Release(By::Group(group, Door::Ring), vec![lease]));
+    assert_eq!(site.core.holder(lease).map(|holder| holder.door), Some(Door::Stream), "it is still being sent");
 }

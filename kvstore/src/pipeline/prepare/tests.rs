@@ -145,7 +145,8 @@ impl Site {
         };
         let ReserveOutcome::Granted { hold, .. } = outcome else { return false };
         let sums = vec![0; sum::fragment_count(BLOCK_BYTES as usize)];
-        self.ask(TenantId(tenant), Verb::Commit(AttachmentId(tenant.into()), vec![Filled { hold, sums }]));
+        let (attachment, filled) = (AttachmentId(tenant.into()), vec![Filled { hold, sums }]);
+        self.ask(TenantId(tenant), Verb::Commit { attachment, filled, door: Door::Stream });
         true
     }
 
