@@ -422,9 +422,10 @@ impl Core {
         }
     }
 
-    /// A process has what it had under the attachment from before.
+    /// A process has what it had in place under the attachment from before. What its streams hold ends with them: it cannot name that.
     pub(super) fn take_over(&mut self, former: AttachmentId, attachment: AttachmentId) {
-        let of_former = |(_, grant): &(Hold, Grant)| grant.holder.attachment == former;
+        let of_former =
+            |(_, grant): &(Hold, Grant)| (grant.holder.attachment, grant.holder.door) == (former, Door::Ring);
         let holds: Vec<Hold> = self.grants.all().filter(of_former).map(|(hold, _)| hold).collect();
         for &hold in &holds {
             self.grants.hand_over(hold, attachment);

@@ -211,3 +211,16 @@ fn what_a_stream_holds_only_that_stream_ends() {
     site.ask(local.tenant, Verb::Release(By::Group(group, Door::Ring), vec![lease]));
     assert_eq!(site.core.holder(lease).map(|holder| holder.door), Some(Door::Stream), "it is still being sent");
 }
+
+#[test]
+fn what_a_stream_holds_outlives_what_a_process_that_comes_again_confirms() {
+    let mut site = Site::new(1, 2);
+    let former = site.attach(0, "engine", "", SMALL);
+    assert!(matches!(site.join(former, None), Reply::Joined { .. }));
+    let ReserveOutcome::Granted { hold, .. } = site.reserve(former, Door::Stream) else { panic!("there is room") };
+    let again = site.attach(0, "engine", "", SMALL);
+    assert!(matches!(site.join(again, Some(former)), Reply::Joined { .. }));
+    let confirmed = site.ask(again.tenant, Verb::Confirm(again.id, Vec::new()));
+    assert!(matches!(confirmed, Some(Reply::Confirmed(holds)) if holds.is_empty()));
+    assert_eq!(site.commit(again, hold, SMALL, Door::Stream), CommitOutcome::Stored);
+}
