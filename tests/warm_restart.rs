@@ -236,3 +236,47 @@ async fn host_memory_is_served_while_the_lock_of_a_tier_file_is_awaited() {
     new.put_durably(&store).await;
     daemon.stop();
 }
+
+/// Whether a daemon that is told to use other folders, and whose worker is killed in the midst of loads, says so of the slots they were
+/// to come to.
+async fn leaves_what_was_being_loaded_out_of_use(changed: &str) -> bool {
+    let site = Site::of_two_folders();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(256 << 10))).await;
+    let runs = [1, 2].map(|seed| Run::new(&store, seed, 200));
+    for run in &runs {
+        run.put_durably(&store).await;
+    }
+    let (getting, keys) = (store.clone(), runs.map(|run| run.keys));
+    let gets = tokio::spawn(async move {
+        for keys in keys.iter().cycle() {
+            getting.get(keys, Shard::WHOLE).await;
+        }
+    });
+    let loaded = daemon.counter("tender_hit_blocks_disk_total").await;
+    while daemon.counter("tender_hit_blocks_disk_total").await < loaded + 128 {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    let file = site.path("tender.toml");
+    let config = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, config.replace("second", changed)).unwrap();
+    daemon.kill_worker();
+    gets.abort();
+    disk_is(&daemon, "ready").await;
+    let is_left = daemon.said().contains("used by nobody until the daemon is stopped");
+    daemon.stop();
+    is_left
+}
+
+/// The lock of another file says nothing of what a dead worker's reads may still bring.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_worker_was_loading_is_left_out_of_use_where_the_disk_has_changed() {
+    let mut tries = 0;
+    while !leaves_what_was_being_loaded_out_of_use("third").await {
+        tries += 1;
+        assert!(tries < 10, "nothing was being loaded, or nothing is left out of use");
+    }
+    for _ in 0..3 {
+        assert!(!leaves_what_was_being_loaded_out_of_use("second").await, "the disk is the same");
+    }
+}

@@ -200,7 +200,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     let clock = Clock::start();
     let identities = Arc::new(Identities::load(&config.tenants)?);
     let salts = salts(&config)?;
-    let Handed { sockets, memory, memory_tags: _, table, members, ingest, next_mapping } = handed;
+    let Handed { sockets, memory, memory_tags: _, table, members, ingest, next_mapping, last_disk } = handed;
     let Sockets { unix, door, tcp } = sockets;
     let listeners = Listeners::new(unix, tcp).map_err(StartError::System)?;
     let memory: Arc<[SharedFile]> = memory.into();
@@ -233,6 +233,17 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     }
     for warning in core.recover_host(records) {
         tracing::warn!("{warning}");
+    }
+    let mut disk = disks::tag(&config);
+    if last_disk != disk {
+        let left = core.leave_loading_out_of_use();
+        if left > 0 {
+            // The next worker cannot know of them either that they are at rest.
+            disk = disks::UNKNOWN;
+            tracing::warn!(
+                "{left} slots of host memory are used by nobody until the daemon is stopped and started anew: a worker before this one                  read into them from a disk that is not this one's, and may not be done. `dirs` or `disk` has changed, or the keeper is                  older and does not say"
+            );
+        }
     }
     let ingest = take_memory_back(&core, &arena, &keeper, ingest).map_err(StartError::Keeper)?;
     let recovered = core.counters().recovered_blocks;
@@ -283,7 +294,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     // Before anything is served: what a client was told to be stored is not lost to a signal that comes early.
     let asked_to_stop = asked_to_stop().map_err(StartError::System)?;
     let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
-    keeper.serving().map_err(StartError::Keeper)?;
+    keeper.serving(disk).map_err(StartError::Keeper)?;
     if let Some(geometry) = awaited {
         let join = move || disks::join_late(&config, geometry, &arena, &joiner, &findings);
         // It ends with the process: nothing waits for a lock that may never be had.

@@ -35,6 +35,8 @@ pub(super) struct Kept {
     /// By segment: writer, mapping, tenant and file.
     ingest: BTreeMap<u32, (u64, u32, u32, OwnedFd)>,
     next_mapping: u32,
+    /// The disk of the last worker that served from this memory; 0 while there was none.
+    disk: [u8; 16],
 }
 
 impl Kept {
@@ -50,6 +52,7 @@ impl Kept {
             members: BTreeMap::new(),
             ingest: BTreeMap::new(),
             next_mapping: tender_proto::greeting::SHARED_MAPPING + 1,
+            disk: [0; 16],
         })
     }
 
@@ -57,6 +60,7 @@ impl Kept {
     pub(super) fn renew_memory(&mut self, config: &Config) -> Result<(), StartError> {
         self.members.clear();
         self.ingest.clear();
+        self.disk = [0; 16];
         (self.memory, self.table) = make_memory(config)?;
         Ok(())
     }
@@ -78,7 +82,7 @@ impl Kept {
             let said = Said::Ingest { writer: *writer, segment, mapping: *mapping, tenant: *tenant };
             say(said, &[file.as_fd()])?;
         }
-        say(Said::Begin { next_mapping: self.next_mapping }, &[])
+        say(Said::Begin { next_mapping: self.next_mapping, disk: self.disk }, &[])
     }
 
     /// What a worker says.
@@ -100,6 +104,7 @@ impl Kept {
                 self.next_mapping = self.next_mapping.max(mapping.saturating_add(1));
                 self.ingest.insert(segment, (writer, mapping, tenant, file));
             }
+            (Said::Serving { disk }, _) => self.disk = disk,
             (Said::Gone { attachment }, _) => drop(self.members.remove(&attachment)),
             (Said::Dropped { segment }, _) => drop(self.ingest.remove(&segment)),
             _ => {}

@@ -13,14 +13,15 @@
 //!  3 Table     u64 bytes                                                                    the table
 //!  4 Member    u64 attachment, u32 tenant                                                   its pidfd
 //!  5 Ingest    u64 writer, u32 segment, u32 mapping, u32 tenant                             the file
-//!  6 Begin     u32 next_mapping                                                             (nothing more comes for the start)
+//!  6 Begin     u32 next_mapping, 16 bytes tag of the last worker's disk                     (nothing more comes for the start)
+//!              (a tag of 0: nobody has said)
 //! at any time
 //!  7 Retire    end what is under way, and exit
 //! worker to keeper
 //!  4 Member, 5 Ingest  as above: keep this                                                  as above
 //! 20 Gone      u64 attachment
 //! 21 Dropped   u32 segment
-//! 22 Serving
+//! 22 Serving   16 bytes tag of its disk
 //! 23 Replace
 //! ```
 
@@ -83,6 +84,8 @@ pub enum Said {
     Begin {
         /// The first name of memory that was never used.
         next_mapping: u32,
+        /// The disk of the last worker that served from this memory; 0 where nobody has said.
+        disk: [u8; 16],
     },
     /// End in good order: another worker comes.
     Retire,
@@ -97,7 +100,10 @@ pub enum Said {
         segment: u32,
     },
     /// The worker serves: what it does from now on is in the records.
-    Serving,
+    Serving {
+        /// The tag of its disk.
+        disk: [u8; 16],
+    },
     /// An operator wants another worker.
     Replace,
 }
@@ -135,8 +141,9 @@ impl Said {
                 [segment, mapping, tenant].iter().for_each(|field| put(&field.to_le_bytes()));
                 5
             }
-            Self::Begin { next_mapping } => {
+            Self::Begin { next_mapping, disk } => {
                 put(&next_mapping.to_le_bytes());
+                put(&disk);
                 6
             }
             Self::Retire => 7,
@@ -148,7 +155,10 @@ impl Said {
                 put(&segment.to_le_bytes());
                 21
             }
-            Self::Serving => 22,
+            Self::Serving { disk } => {
+                put(&disk);
+                22
+            }
             Self::Replace => 23,
         };
         bytes[..4].copy_from_slice(&kind.to_le_bytes());
@@ -158,6 +168,7 @@ impl Said {
 
     fn decode(bytes: &[u8; BYTES]) -> io::Result<Self> {
         let u32_at = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let tag_at = |at: usize| std::array::from_fn(|i| bytes[at + i]);
         let u64_at = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
         let (kind, version) = (u32_at(0), u32_at(4));
         if version != VERSION {
@@ -165,19 +176,15 @@ impl Said {
         }
         Ok(match kind {
             1 => Self::Sockets { has_tcp: bytes[8] != 0 },
-            2 => Self::Memory {
-                tenant: u32_at(8),
-                is_read_only_mount: bytes[12] != 0,
-                tag: std::array::from_fn(|i| bytes[13 + i]),
-            },
+            2 => Self::Memory { tenant: u32_at(8), is_read_only_mount: bytes[12] != 0, tag: tag_at(13) },
             3 => Self::Table { bytes: u64_at(8) },
             4 => Self::Member { attachment: u64_at(8), tenant: u32_at(16) },
             5 => Self::Ingest { writer: u64_at(8), segment: u32_at(16), mapping: u32_at(20), tenant: u32_at(24) },
-            6 => Self::Begin { next_mapping: u32_at(8) },
+            6 => Self::Begin { next_mapping: u32_at(8), disk: tag_at(12) },
             7 => Self::Retire,
             20 => Self::Gone { attachment: u64_at(8) },
             21 => Self::Dropped { segment: u32_at(8) },
-            22 => Self::Serving,
+            22 => Self::Serving { disk: tag_at(8) },
             23 => Self::Replace,
             kind => return Err(refused(format!("message {kind} is not known"))),
         })
@@ -214,11 +221,11 @@ mod tests {
             Said::Table { bytes: u64::MAX },
             Said::Member { attachment: u64::MAX, tenant: 7 },
             Said::Ingest { writer: 1 << 60, segment: 3, mapping: u32::MAX, tenant: 5 },
-            Said::Begin { next_mapping: 9 },
+            Said::Begin { next_mapping: 9, disk: [0xd1; 16] },
             Said::Retire,
             Said::Gone { attachment: 17 },
             Said::Dropped { segment: 40 },
-            Said::Serving,
+            Said::Serving { disk: [0xd2; 16] },
             Said::Replace,
         ] {
             assert_eq!(Said::decode(&said.encode()).unwrap(), said);
@@ -227,10 +234,10 @@ mod tests {
 
     #[test]
     fn what_is_not_known_is_refused_with_the_cure() {
-        let mut bytes = Said::Serving.encode();
+        let mut bytes = Said::Retire.encode();
         bytes[0] = 99;
         assert!(Said::decode(&bytes).unwrap_err().to_string().contains("start the daemon anew"));
-        let mut bytes = Said::Serving.encode();
+        let mut bytes = Said::Retire.encode();
         bytes[4] = 2;
         assert!(Said::decode(&bytes).unwrap_err().to_string().contains("version 2"));
     }

@@ -171,7 +171,7 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
             status = child.wait() => {
                 // What it said last is still to be heard.
                 while let Ok((said, with)) = hear(&ours) {
-                    life.served |= said == Said::Serving;
+                    life.served |= matches!(said, Said::Serving { .. });
                     kept.take(said, with);
                 }
                 let status = status?;
@@ -183,14 +183,16 @@ async fn live(kept: &mut Kept, signals: &mut Signals, worker: std::process::Comm
                 return Ok(life);
             }
             said = ours.async_io(Interest::READABLE, || hear(&ours)) => match said {
-                Ok((Said::Serving, _)) => life.served = true,
                 Ok((Said::Replace, _)) => {
                     life.is_replaced = true;
                     kill_at.get_or_insert_with(|| Instant::now() + limits::STOP);
                     // One that does not take it is dying.
                     let _ = Said::Retire.send(ours.as_fd(), &[], Instant::now() + HANDOVER);
                 }
-                Ok((said, with)) => kept.take(said, with),
+                Ok((said, with)) => {
+                    life.served |= matches!(said, Said::Serving { .. });
+                    kept.take(said, with);
+                }
                 // Its end comes next, through `wait`.
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
             },

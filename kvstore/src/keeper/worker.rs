@@ -76,6 +76,8 @@ pub struct Handed {
     pub ingest: Vec<KeptIngest>,
     /// The first name of memory that was never used.
     pub next_mapping: u32,
+    /// The disk of the last worker that served from this memory; 0 where nobody has said.
+    pub last_disk: [u8; 16],
 }
 
 impl Keeper {
@@ -114,10 +116,11 @@ impl Keeper {
                     tenant: TenantId(tenant as u16),
                     file: IngestFile::adopt(next()?, segment_bytes)?,
                 }),
-                Said::Begin { next_mapping } => {
+                Said::Begin { next_mapping, disk: last_disk } => {
                     let sockets = sockets.ok_or_else(|| missing(said))?;
                     let table = table.ok_or_else(|| missing(said))?;
-                    let handed = Handed { sockets, memory, memory_tags, table, members, ingest, next_mapping };
+                    let handed =
+                        Handed { sockets, memory, memory_tags, table, members, ingest, next_mapping, last_disk };
                     return Ok((Self { socket: Mutex::new(socket) }, handed));
                 }
                 other => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{other:?} at the start"))),
@@ -138,9 +141,9 @@ impl Keeper {
         }
     }
 
-    /// The worker serves.
-    pub fn serving(&self) -> io::Result<()> {
-        self.say(Said::Serving, &[])
+    /// The worker serves, and reads from no disk but this one into host memory; 0 where it cannot say so.
+    pub fn serving(&self, disk: [u8; 16]) -> io::Result<()> {
+        self.say(Said::Serving { disk }, &[])
     }
 
     /// An operator wants another worker.

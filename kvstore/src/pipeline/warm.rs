@@ -31,7 +31,7 @@ pub(super) struct Limbo {
     /// Holds that nobody has confirmed yet, by the attachment that has them: of each that has not said all yet, and of dead ones whose
     /// group lives on.
     unconfirmed: BTreeMap<AttachmentId, BTreeSet<Hold>>,
-    /// Slots that a disk may still write to.
+    /// Slots that the disk may still write to.
     loading: Vec<SlotId>,
 }
 
@@ -90,6 +90,12 @@ impl Core {
     /// Segments of host memory in use, and for which tenant: after [`Core::recover_host`] those that must be there as they were.
     pub fn segments_in_use(&self) -> Vec<(u32, TenantId)> {
         self.host.tier.slab.owned_segments().collect()
+    }
+
+    /// What a former worker was loading came from another disk than this core's, whose lock says nothing of that one: these slots are
+    /// used by nobody until host memory is made anew. Returns how many; after [`Core::recover_host`].
+    pub fn leave_loading_out_of_use(&mut self) -> usize {
+        std::mem::take(&mut self.limbo.loading).len()
     }
 
     /// Processes that read and write in place, or did before a restart.
@@ -548,3 +554,6 @@ fn blank(state: SlotState) -> Slot {
         doomed: false,
     }
 }
+
+#[cfg(test)]
+mod tests;

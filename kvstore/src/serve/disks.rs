@@ -1,5 +1,6 @@
 //! The tier files: opened, locked and read at a first start; while host memory is served, at any other.
 
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,20 @@ use crate::tier::disk::recover::{self, RecoverError};
 /// Name of the tier file in the folder of that number.
 pub fn tier_file_name(index: u32) -> String {
     format!("tender-{index}.tier")
+}
+
+/// The tag of a disk that nobody knows.
+pub(super) const UNKNOWN: [u8; 16] = [0; 16];
+
+/// Which disk the configuration speaks of: a worker that has the locks of its files knows that no former worker reads from them any more,
+/// and nothing of any other's. BLAKE3 of the folders, first half.
+pub(super) fn tag(config: &Config) -> [u8; 16] {
+    let mut hash = blake3::Hasher::new_derive_key("tender.v1 disk of a worker");
+    for dir in config.disk.iter().flat_map(|_| &config.dirs) {
+        let name = dir.as_os_str().as_bytes();
+        hash.update(&(name.len() as u64).to_le_bytes()).update(name);
+    }
+    std::array::from_fn(|i| hash.finalize().as_bytes()[i])
 }
 
 /// Opens the tier files and reads what they held; waits up to [`limits::LOCK_WAIT`] for the lock of each. Tells what there is to be said
