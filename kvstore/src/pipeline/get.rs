@@ -56,9 +56,11 @@ impl Core {
         let block_bytes = under.layout.block_bytes();
         for key in &keys {
             let first = wait.blocks.is_empty() && !self.leased_bytes.contains_key(&holder.group);
-            // What is loading is charged when it arrives.
-            let budget = bytes_left.min(self.lease_budget(holder, tenant));
-            if budget < block_bytes * (1 + wait.loading as u64) && !first {
+            // What is loading is charged to the group when it arrives, and to the window already.
+            let loading_bytes = block_bytes * wait.loading as u64;
+            let has_budget = bytes_left >= block_bytes
+                && self.lease_budget(holder, tenant) >= block_bytes.saturating_add(loading_bytes);
+            if !has_budget && !first {
                 break;
             }
             let Some(node) = self.index.find(under.namespace, key).filter(|&node| self.index.node(node).is_present())

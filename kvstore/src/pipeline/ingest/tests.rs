@@ -4,6 +4,7 @@ use tender_proto::{BlockKey, BlockLayout, Namespace, Shard, TenantSalt, sum};
 
 use super::*;
 use crate::pipeline::{CoreConfig, Event, TenantConfig};
+use crate::transfer::TransferId;
 use crate::verb::{AttachVerb, CommitOutcome, Filled, RefusalKind, Reply, Request, ReserveOutcome, Verb};
 
 const SEGMENT_BYTES: u64 = 4 << 20;
@@ -17,6 +18,8 @@ struct Site {
     requests: u64,
     attachments: u64,
     replies: BTreeMap<RequestId, Reply>,
+    /// Copies to shared memory that were begun.
+    promotions: Vec<TransferId>,
 }
 
 /// A process under a namespace.
@@ -44,7 +47,8 @@ impl Site {
             allow_public: false,
             seed: 1,
         });
-        let mut site = Self { core, now_ms: 0, requests: 0, attachments: 0, replies: BTreeMap::new() };
+        let mut site =
+            Self { core, now_ms: 0, requests: 0, attachments: 0, replies: BTreeMap::new(), promotions: Vec::new() };
         site.step(Event::Tick);
         site
     }
@@ -57,6 +61,7 @@ impl Site {
                 Action::Reply(id, reply) => _ = self.replies.insert(id, reply),
                 Action::PrepareSegment { segment, .. } => self.step(Event::SegmentReady(segment)),
                 Action::MakeIngest { segment, .. } => self.step(Event::IngestMade { segment, made: true }),
+                Action::Promote { id, .. } => self.promotions.push(id),
                 _ => {}
             }
         }
@@ -133,6 +138,14 @@ impl Site {
             self.pass(20);
         }
         None
+    }
+
+    /// Has all that is being copied come to shared memory.
+    fn promote(&mut self) {
+        while let Some(id) = self.promotions.pop() {
+            let sums = vec![0; sum::fragment_count(SMALL as usize)];
+            self.step(Event::TransferDone(id, Outcome::Done(sums)));
+        }
     }
 
     fn pass(&mut self, time_ms: u64) {
@@ -223,4 +236,24 @@ fn what_a_stream_holds_outlives_what_a_process_that_comes_again_confirms() {
     let confirmed = site.ask(again.tenant, Verb::Confirm(again.id, Vec::new()));
     assert!(matches!(confirmed, Some(Reply::Confirmed(holds)) if holds.is_empty()));
     assert_eq!(site.commit(again, hold, SMALL, Door::Stream), CommitOutcome::Stored);
+}
+
+#[test]
+fn a_get_of_what_must_come_to_shared_memory_first_leases_all_of_its_window() {
+    let mut site = Site::new(1, 1);
+    let local = site.local(0);
+    let keys = (0..6).map(|_| {
+        let hold = site.write(local).expect("there is room");
+        let key = local.root.child(&[site.requests as u32 - 1; 16], &[]);
+        assert_eq!(site.commit(local, hold, SMALL, Door::Ring), CommitOutcome::Stored);
+        key
+    });
+    let keys = keys.collect();
+    site.requests += 1;
+    let (id, deadline_ms) = (RequestId(site.requests), site.now_ms + 1_000);
+    let verb = Verb::Acquire { attachment: local.id, keys, bytes_max: 4 * SMALL, door: Door::Stream };
+    site.step(Event::Request(Request { id, tenant: local.tenant, deadline_ms, verb }));
+    site.promote();
+    let Some(Reply::Acquired(acquired)) = site.replies.remove(&id) else { panic!("all is there") };
+    assert_eq!((acquired.blocks.len(), acquired.end), (4, None));
 }
