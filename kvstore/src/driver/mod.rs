@@ -595,7 +595,13 @@ impl Driver {
 
     /// The core has let a process in, or not: its connection is told.
     fn joined(&mut self, connection: u64, mut local: Local, reply: Reply) {
+        let attachment = local.member.attachment;
         let answer = match reply {
+            // It was let in and detached in one go, when it had no ring yet that could be closed.
+            Reply::Joined { .. } if self.core.local_process(attachment).is_none() => {
+                Locals::ignore(&local, &self.sleeper);
+                Err("the attachment was detached meanwhile; attach again".to_owned())
+            }
             Reply::Joined { tenant, group } => {
                 (local.member.tenant, local.member.group) = (tenant, group);
                 self.locals.open(local);
@@ -788,3 +794,6 @@ impl CoreHandle {
         let _ = self.sender.send(Input::Stop);
     }
 }
+
+#[cfg(test)]
+mod tests;
