@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tender_proto::sum;
 
 use super::put::shard_of;
-use super::room::NoSlot;
+use super::room::{NoSlot, STUCK_MS, STUCK_PAUSE_MS};
 use super::{Action, Actions, Core, Job};
 use crate::admission::grants::{Grant, Right};
 use crate::limits;
@@ -29,11 +29,6 @@ const DAEMON: GroupId = GroupId(0);
 
 /// A client that could not map memory to write to is not offered any for so long: it puts over gRPC meanwhile.
 const UNABLE_MS: u64 = 10_000;
-
-/// A segment that is emptied for another client, and is not empty after so long, stays with its own.
-const STUCK_MS: u64 = 1_000;
-/// For so long.
-const STUCK_PAUSE_MS: u64 = 10_000;
 
 /// Promotions looked at in one go when those before them find no room.
 const PROMOTION_STEPS: usize = 16;
@@ -154,7 +149,8 @@ impl Core {
             ingest.coming.insert(segment, writer);
             return ingest.to_make.push((segment, writer));
         }
-        if self.is_draining_ingest() {
+        self.give_up_stuck_ingest_drain();
+        if self.ingest.draining.is_some() {
             return;
         }
         if let Some(segment) = self.host.tier.slab.retire_free_of_another(writer) {
@@ -191,13 +187,13 @@ impl Core {
         }
     }
 
-    /// Whether a segment is being emptied for another client. One that does not come to be empty stays where it is after a while: somebody
-    /// fills it, or reads there.
-    fn is_draining_ingest(&mut self) -> bool {
-        let Some((segment, since_ms)) = self.ingest.draining else { return false };
+    /// A segment that is emptied for another client, and does not come to be empty, stays where it is after a while: somebody fills it, or
+    /// reads there.
+    pub(super) fn give_up_stuck_ingest_drain(&mut self) {
+        let Some((segment, since_ms)) = self.ingest.draining else { return };
         let slab = &mut self.host.tier.slab;
         if slab.is_draining(segment) && self.now_ms < since_ms + STUCK_MS {
-            return true;
+            return;
         }
         self.ingest.draining = None;
         if slab.is_draining(segment) {
@@ -206,9 +202,9 @@ impl Core {
             if owner.writer.is_some_and(|writer| self.attachments.is_local(writer)) {
                 self.host.tier.slab.undrain(segment);
                 self.ingest.stuck.insert(segment, self.now_ms + STUCK_PAUSE_MS);
+                self.room_made = true;
             }
         }
-        false
     }
 
     /// What a start found of a segment cannot be understood: it is not used until host memory is made anew.

@@ -391,6 +391,7 @@ impl Core {
         self.attachments.expire(self.now_ms);
         self.tell_prefetches(actions);
         self.retry_promotions();
+        self.give_up_stuck_ingest_drain();
         self.go_on(actions);
     }
 

@@ -21,10 +21,10 @@ pub(super) enum NoSlot {
 
 /// A shelf gives up a segment when its coldest block is unused for twice as long as the asking shelf's, and this much longer.
 const DRAIN_MARGIN_MS: u64 = 10_000;
-/// A segment that does not get emptier for so long is given up: somebody fills, reads or writes back what is left in it.
-const STUCK_MS: u64 = 1_000;
+/// A segment that does not get emptier for so long (of those that clients write: does not come to be empty) is given up: somebody fills, reads or writes back what is left in it.
+pub(super) const STUCK_MS: u64 = 1_000;
 /// And left alone for so long.
-const STUCK_PAUSE_MS: u64 = 10_000;
+pub(super) const STUCK_PAUSE_MS: u64 = 10_000;
 /// Dead blocks dropped for one slot.
 const DEAD_PER_SLOT: usize = 8;
 /// Blocks written to disk for one slot before one is dropped without.

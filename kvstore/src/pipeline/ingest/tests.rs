@@ -257,3 +257,19 @@ fn a_get_of_what_must_come_to_shared_memory_first_leases_all_of_its_window() {
     let Some(Reply::Acquired(acquired)) = site.replies.remove(&id) else { panic!("all is there") };
     assert_eq!((acquired.blocks.len(), acquired.end), (4, None));
 }
+
+#[test]
+fn a_segment_that_was_to_go_to_another_client_stays_when_nobody_asks_for_it_any_more() {
+    let mut site = Site::new(1, 2);
+    let first = site.attach(0, "first", "adapter", LARGE);
+    assert!(matches!(site.join(first, None), Reply::Joined { .. }));
+    // More than one segment holds.
+    for _ in 0..=SEGMENT_BYTES / LARGE {
+        assert!(site.write(first).is_some(), "it is alone");
+    }
+    let second = site.local(0);
+    assert_eq!(site.reserve(second, Door::Ring), ReserveOutcome::NoRoom);
+    assert_eq!(site.reserve(first, Door::Ring), ReserveOutcome::NoRoom, "one of its segments is to be emptied");
+    site.pass(STUCK_MS);
+    assert!(matches!(site.reserve(first, Door::Ring), ReserveOutcome::Granted { .. }), "it does not come to be empty");
+}
