@@ -111,6 +111,11 @@ impl Connection {
             Err(error) => return Err(error),
         }
         if self.came_bytes < MESSAGE_BYTES {
+            if !self.descriptors.is_empty() {
+                // It would keep its place for as long as the rest does not come.
+                let why = "send a message that brings a descriptor in one piece";
+                return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+            }
             return Ok(Heard::Nothing);
         }
         self.came_bytes = 0;
@@ -128,5 +133,60 @@ impl Connection {
             ));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::limits;
+
+    fn connection() -> (UnixStream, Connection) {
+        let (client, socket) = UnixStream::pair().unwrap();
+        let until = Instant::now() + Duration::from_secs(60);
+        (client, Connection::new(socket.into(), until, Closing::start().unwrap()))
+    }
+
+    /// Sends these bytes and a descriptor.
+    fn bring(client: &UnixStream, bytes: &[u8]) {
+        let descriptor = OwnedFd::from(UnixStream::pair().unwrap().0);
+        assert_eq!(try_send(client.as_fd(), bytes, &[descriptor.as_fd()]).unwrap(), bytes.len());
+    }
+
+    #[test]
+    fn a_message_that_brings_a_descriptor_comes_in_one_piece() {
+        let (client, mut connection) = connection();
+        let said = ToDaemon::Mapped(7).encode();
+        bring(&client, &said);
+        assert!(matches!(connection.hear(), Ok(Heard::Said(ToDaemon::Mapped(7), brought)) if brought.len() == 1));
+        for (piece, is_last) in [(&said[..1], false), (&said[1..], true)] {
+            try_send(client.as_fd(), piece, &[]).unwrap();
+            let heard = connection.hear().unwrap();
+            assert_eq!(
+                matches!(heard, Heard::Said(ToDaemon::Mapped(7), _)),
+                is_last,
+                "one that brings none may be cut"
+            );
+        }
+        bring(&client, &said[..1]);
+        let error = connection.hear().unwrap_err();
+        assert!(error.kind() == io::ErrorKind::InvalidData && error.to_string().contains("in one piece"), "{error}");
+    }
+
+    #[test]
+    fn without_places_for_descriptors_messages_that_bring_none_are_heard() {
+        let (client, mut connection) = connection();
+        let taken: Vec<Foreign> =
+            (0..limits::FOREIGN_MAX).map(|_| connection.closing.take(UnixStream::pair().unwrap().0.into())).collect();
+        let said = ToDaemon::Mapped(7).encode();
+        try_send(client.as_fd(), &said, &[]).unwrap();
+        assert!(matches!(connection.hear(), Ok(Heard::Said(ToDaemon::Mapped(7), brought)) if brought.is_empty()));
+        bring(&client, &said);
+        let error = connection.hear().unwrap_err();
+        assert!(error.kind() == io::ErrorKind::InvalidData && error.to_string().contains("use gRPC"), "{error}");
+        drop(taken);
     }
 }
