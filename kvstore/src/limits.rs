@@ -107,6 +107,10 @@ pub const LOCK_WAIT: Duration = Duration::from_secs(5);
 /// How long a daemon that was asked to stop may write back what is only in memory.
 pub const DRAIN: Duration = Duration::from_secs(10);
 
+/// For all that is written back at one end: a stop may be asked for while a worker writes back for the next one. What the core may take
+/// longer (5 s), last words (1 s) and disks (5 s) come to 23 s with it.
+pub const DRAINS: Duration = Duration::from_secs(12);
+
 /// How long a daemon that stops waits for what its disks have in flight after all else has ended: a disk that has not answered by then is
 /// stalled, and for what it does later the system holds the lock of its file.
 pub const STOP_IO: Duration = Duration::from_secs(5);

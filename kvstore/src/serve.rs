@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tender_proto::TenantSalt;
 use tokio::signal::unix::{SignalKind, signal};
@@ -292,7 +292,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     };
     let (stop, stopped) = watch::channel(false);
     // Before anything is served: what a client was told to be stored is not lost to a signal that comes early.
-    let asked_to_stop = asked_to_stop().map_err(StartError::System)?;
+    let mut asked_to_stop = std::pin::pin!(asked_to_stop().map_err(StartError::System)?);
     let server = tokio::spawn(listeners.serve(blocks, operators, stopped));
     keeper.serving(disk).map_err(StartError::Keeper)?;
     if let Some(geometry) = awaited {
@@ -307,7 +307,7 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     });
     listening.map_err(StartError::System)?;
     let write_back = tokio::select! {
-        () = asked_to_stop => Verb::Drain,
+        () = &mut asked_to_stop => Verb::Drain,
         retired = retirement => {
             if !matches!(retired, Ok(Ok(()))) {
                 tracing::error!("the keeper is gone, and this worker ends with it");
@@ -319,7 +319,11 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
     };
     tracing::info!("stopping: writing back what is only in memory, for at most {} s", limits::DRAIN.as_secs());
     // Whatever this did not manage in its time is a miss after the next start, unless host memory is found again.
-    let _ = handle.ask(TenantId(0), limits::DRAIN, write_back).await;
+    let ask = |deadline, verb| {
+        let handle = &handle;
+        async move { drop(handle.ask(TenantId(0), deadline, verb).await) }
+    };
+    end_writing(ask, write_back, asked_to_stop).await;
     stop.send_replace(true);
     /// For what is under way. Who connects from now on waits for the next worker, if one comes: the keeper's sockets take them. Streams
     /// that clients hold open (watches) end with the process.
@@ -344,6 +348,26 @@ async fn run(config: Config, keeper: Arc<Keeper>, handed: Handed) -> Result<(), 
         ),
     }
     Ok(())
+}
+
+/// Has the core write back. A stop that is asked for while it does so for the next worker is one: none follows, and what was put meanwhile
+/// is to be on disk.
+async fn end_writing<Asked: Future<Output = ()>>(
+    ask: impl Fn(Duration, Verb) -> Asked,
+    write_back: Verb,
+    asked_to_stop: impl Future<Output = ()>,
+) {
+    let began = Instant::now();
+    let is_last = matches!(write_back, Verb::Drain);
+    let is_stopped = tokio::select! {
+        biased;
+        () = ask(limits::DRAIN, write_back) => false,
+        () = asked_to_stop, if !is_last => true,
+    };
+    if is_stopped {
+        let left = limits::DRAINS.saturating_sub(began.elapsed());
+        ask(left.min(limits::DRAIN), Verb::Drain).await;
+    }
 }
 
 /// Resolves at SIGTERM or SIGINT, which from this call on do not end the process by themselves.
@@ -426,5 +450,40 @@ fn greet(config: &Config, findings: &[Finding], recovered: u64, is_warm: bool) {
         eprintln!("  try next    tender status");
     } else {
         eprintln!("  try next    tender status --socket {socket}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    /// What a core is asked that comes to the end of its write-back for the next worker, or never does.
+    async fn asked(write_back: Verb, ends: bool, is_stopped: bool) -> Vec<(bool, Duration)> {
+        let asked = RefCell::new(Vec::new());
+        let ask = |deadline, verb: Verb| {
+            let is_drain = matches!(verb, Verb::Drain);
+            asked.borrow_mut().push((is_drain, deadline));
+            async move {
+                if !is_drain && !ends {
+                    std::future::pending::<()>().await;
+                }
+            }
+        };
+        let asked_to_stop = async {
+            if !is_stopped {
+                std::future::pending::<()>().await;
+            }
+        };
+        end_writing(ask, write_back, asked_to_stop).await;
+        asked.into_inner()
+    }
+
+    #[tokio::test]
+    async fn a_stop_that_comes_while_the_worker_is_replaced_is_a_stop() {
+        assert_eq!(asked(Verb::WriteBack, true, false).await, [(false, limits::DRAIN)]);
+        assert_eq!(asked(Verb::Drain, true, true).await, [(true, limits::DRAIN)]);
+        assert_eq!(asked(Verb::WriteBack, false, true).await, [(false, limits::DRAIN), (true, limits::DRAIN)]);
     }
 }
