@@ -166,6 +166,7 @@ impl Core {
     pub(super) fn durable_part_ended(&mut self, request: RequestId) {
         if let Some(Waiting::Drain(wait)) = self.pending.get_mut(request) {
             wait.checks -= 1;
+            wait.is_stuck = false;
             return;
         }
         let Some(Waiting::Durable(wait)) = self.pending.get_mut(request) else { return };
