@@ -58,7 +58,7 @@ pub(super) struct Ingest {
     in_flight: usize,
     /// Copies that left host memory before their turn came.
     lost: Vec<Promotion>,
-    /// The first in the queue found no room; nothing has changed since.
+    /// Some of the queue were looked at and found no room; nothing has changed since.
     is_blocked: bool,
     /// Ingest segments that are being made, and for whom.
     coming: BTreeMap<u32, AttachmentId>,
@@ -108,7 +108,7 @@ impl Core {
         }
         let slab = &mut self.host.tier.slab;
         let shelf = slab.shelf(owner).ok_or(NoSlot::Room)?;
-        let has = segments_of(slab, |other| other.writer == owner.writer);
+        let has = slab.segment_count_of(|other| other.writer == owner.writer);
         let may_grow = has < self.ingest_share(owner.tenant);
         if may_grow || self.host.tier.slab.has_open(shelf) {
             if let Some(slot) = self.host.tier.reserve(shelf, node, holder, shard) {
@@ -157,23 +157,30 @@ impl Core {
             return self.segment_retired(Place::Host, segment);
         }
         let slab = &self.host.tier.slab;
-        let owned = slab.shelves().filter(|(shelf, owner)| owner.writer.is_some() && slab.shelf_size(*shelf).0 > 0);
-        let shelves: Vec<(ShelfId, Owner, u64)> =
-            owned.map(|(shelf, owner)| (shelf, owner, slab.shelf_size(shelf).1)).collect();
-        let is_idle = |(.., used): &&(ShelfId, Owner, u64)| *used == 0;
-        let is_rich = |(_, owner, _): &&(ShelfId, Owner, u64)| {
-            segments_of(slab, |other| other.writer == owner.writer) > self.ingest_share(owner.tenant)
+        let (mut of_writer, mut of_tenant) = (BTreeMap::new(), BTreeMap::new());
+        for (shelf, owner) in slab.shelves() {
+            let Some(writer) = owner.writer else { continue };
+            let (segments, _) = slab.shelf_size(shelf);
+            *of_writer.entry(writer).or_insert(0) += segments;
+            *of_tenant.entry(owner.tenant).or_insert(0) += segments;
+        }
+        let is_poor = of_tenant.get(&tenant).is_none_or(|segments| *segments < part);
+        let rank = |(shelf, owner): (ShelfId, Owner)| {
+            let other = owner.writer.filter(|other| *other != writer)?;
+            let rank = match slab.shelf_size(shelf) {
+                (0, _) => return None,
+                (_, 0) => 0,
+                _ if of_writer[&other] > self.ingest_share(owner.tenant) => 1,
+                _ if is_poor && of_tenant[&owner.tenant] > part => 2,
+                _ => return None,
+            };
+            Some((rank, shelf))
         };
-        let of_tenant = |tenant| segments_of(slab, |other| other.writer.is_some() && other.tenant == tenant);
-        let is_poor = of_tenant(tenant) < part;
-        let is_of_rich = |(_, owner, _): &&(ShelfId, Owner, u64)| is_poor && of_tenant(owner.tenant) > part;
-        let donors = shelves.iter().filter(is_idle).chain(shelves.iter().filter(is_rich));
-        let donors =
-            donors.chain(shelves.iter().filter(is_of_rich)).filter(|(_, owner, _)| owner.writer != Some(writer));
-        let donors: Vec<ShelfId> = donors.map(|(shelf, ..)| *shelf).collect();
+        let mut donors: Vec<(u8, ShelfId)> = slab.shelves().filter_map(rank).collect();
+        donors.sort_by_key(|(rank, _)| *rank);
         let now_ms = self.now_ms;
         self.ingest.stuck.retain(|_, until_ms| *until_ms > now_ms);
-        for donor in donors {
+        for (_, donor) in donors {
             let stuck = &self.ingest.stuck;
             // One whose segments all drain already cannot give.
             let drained = self.host.tier.slab.drain_emptiest(donor, |segment| !stuck.contains_key(&segment));
@@ -207,7 +214,7 @@ impl Core {
         }
     }
 
-    /// What a start found of a segment cannot be understood: it is not used until host memory is made anew.
+    /// What a start found of an ingest segment cannot be understood: it is not used until host memory is made anew.
     pub(super) fn leave_out_of_use(&mut self, segment: u32) {
         self.ingest.unusable.insert(segment);
     }
@@ -547,11 +554,6 @@ impl Core {
         }
         self.ingest.unable.remove(&attachment);
     }
-}
-
-fn segments_of(slab: &crate::tier::slab::Slab, is_one: impl Fn(&Owner) -> bool) -> usize {
-    let own = slab.shelves().filter(|(_, owner)| is_one(owner));
-    own.map(|(shelf, _)| slab.shelf_size(shelf).0).sum()
 }
 
 #[cfg(test)]

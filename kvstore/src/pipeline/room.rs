@@ -320,8 +320,7 @@ impl Core {
         let slab = self.slab(place);
         let tenant = slab.owner(shelf).tenant;
         let size = |shelf: ShelfId| slab.shelf_size(shelf).0;
-        let own = slab.shelves().filter(|(_, owner)| owner.tenant == tenant && owner.writer.is_none());
-        let own_segments: usize = own.map(|(shelf, _)| size(shelf)).sum();
+        let own_segments = slab.segment_count_of(|owner| owner.tenant == tenant && owner.writer.is_none());
         let share = (slab.segment_count() as usize / self.config.tenants.len().max(1)).max(1);
         // The first segment of a size costs others nothing that they need not give: beyond its part a tenant takes it from its own.
         let is_own_only = size(shelf) == 0 && own_segments >= share;

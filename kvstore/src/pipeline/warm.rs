@@ -146,7 +146,7 @@ impl Core {
         self.preparation.clear();
         let (shared, end) = (self.host.tier.slab.segment_count(), self.host.tier.slab.ingest_segments().end);
         let tenants = self.config.tenants.len();
-        let mut owned = Vec::new();
+        let (mut owned, mut left_out) = (Vec::new(), Vec::new());
         for segment in 0..end {
             let record = self.records().segment(segment);
             match record {
@@ -155,13 +155,13 @@ impl Core {
                     match self.take_segment_back(segment, tenant, slot_bytes, writer) {
                         Ok(()) => owned.push(segment),
                         Err(warning) => {
-                            self.leave_out_of_use(segment);
+                            left_out.push(segment);
                             warnings.push(warning);
                         }
                     }
                 }
                 Err(_) => {
-                    self.leave_out_of_use(segment);
+                    left_out.push(segment);
                     warnings.push(format!(
                         "the record of segment {segment} of host memory is damaged; it is not used until host memory is made anew"
                     ));
@@ -175,6 +175,9 @@ impl Core {
                 Ok(SegmentRecord::Dirty) => self.preparation.deal_out(segment, tenants, true),
             }
         }
+        // A shared one is used by nobody, since it is not dealt out.
+        let ingest = left_out.into_iter().filter(|&segment| segment >= shared);
+        ingest.for_each(|segment| self.leave_out_of_use(segment));
         owned
     }
 

@@ -237,6 +237,11 @@ impl Slab {
         (shelf.segments.len(), shelf.used)
     }
 
+    /// Segments of all shelves of such owners.
+    pub fn segment_count_of(&self, is_one: impl Fn(&Owner) -> bool) -> usize {
+        self.shelves().filter(|(_, owner)| is_one(owner)).map(|(shelf, _)| self.shelf_size(shelf).0).sum()
+    }
+
     /// Slots of a shelf, used or not.
     pub fn shelf_slots(&self, shelf: ShelfId) -> u64 {
         let segments = &self.shelves[shelf.0 as usize].segments;
