@@ -43,8 +43,10 @@ impl IngestFile {
     /// not added here.
     pub fn bring<F: AsFd + Into<OwnedFd>>(file: F, bytes: u64) -> io::Result<Self> {
         let refuse = |why: String| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-        let Ok(seals) = rustix::fs::fcntl_get_seals(&file) else {
-            return refuse("it is not a memfd: make it with memfd_create and MFD_ALLOW_SEALING".to_owned());
+        memfd::whole_pages(bytes)?;
+        let seals = match memfd::seals(file.as_fd()) {
+            Ok(seals) => seals,
+            Err(why) => return refuse(why),
         };
         if seals.contains(SealFlags::WRITE) {
             return refuse(
@@ -70,7 +72,8 @@ impl IngestFile {
                 "it has {found} bytes, but segments here have {bytes}: bring one file of that size for each"
             ));
         }
-        Self::adopt(file.into(), bytes)
+        memfd::check_pages(file.as_fd())?;
+        Ok(Self { file: file.into(), bytes })
     }
 
     /// What tells it from all other files that there are now, for whoever compares two of them.

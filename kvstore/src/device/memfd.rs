@@ -35,9 +35,7 @@ pub(super) fn create(name: &CStr, bytes: u64, seals: SealFlags) -> io::Result<Ow
 /// of a server of its maker's, the first question already tells that they are none of these.
 pub(super) fn check(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
     whole_pages(bytes)?;
-    let Ok(seals) = rustix::fs::fcntl_get_seals(file) else {
-        return refuse("it is not a memfd: make it with memfd_create and MFD_ALLOW_SEALING".to_owned());
-    };
+    let seals = seals(file).or_else(refuse)?;
     if !seals.contains(SIZE_SEALS)
         && let Err(errno) = rustix::fs::fcntl_add_seals(file, SIZE_SEALS)
     {
@@ -47,6 +45,21 @@ pub(super) fn check(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
              writable descriptor or add F_SEAL_SHRINK and F_SEAL_GROW before"
         ));
     }
+    check_pages(file)?;
+    match file_bytes(&rustix::fs::fstat(file)?) {
+        found if found == bytes => Ok(()),
+        found => refuse(format!("it has {found} bytes where {bytes} were stated: state its size")),
+    }
+}
+
+/// The seals of a memfd; what else it is, with the cure.
+pub(super) fn seals(file: BorrowedFd<'_>) -> Result<SealFlags, String> {
+    let is_no_memfd = |_| "it is not a memfd: make it with memfd_create and MFD_ALLOW_SEALING".to_owned();
+    rustix::fs::fcntl_get_seals(file).map_err(is_no_memfd)
+}
+
+/// That a memfd is of ordinary pages.
+pub(super) fn check_pages(file: BorrowedFd<'_>) -> io::Result<()> {
     if rustix::fs::fstatfs(file)?.f_type as u64 == HUGETLBFS_MAGIC {
         return refuse(
             "its pages come from the pool of huge pages, and reading one that the pool does not have kills the reader: \
@@ -54,10 +67,7 @@ pub(super) fn check(file: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
                 .to_owned(),
         );
     }
-    match file_bytes(&rustix::fs::fstat(file)?) {
-        found if found == bytes => Ok(()),
-        found => refuse(format!("it has {found} bytes where {bytes} were stated: state its size")),
-    }
+    Ok(())
 }
 
 /// Which file it is: device and number. Of two that are there at the same time they differ.

@@ -27,7 +27,7 @@ use std::{ptr, slice};
 
 use memmap2::{Advice, MmapMut, MmapOptions, MmapRaw};
 use rustix::io::Errno;
-use tender_proto::sum::{FRAGMENT_BYTES, copy_changing, copy_with_sums, fragment_sum};
+use tender_proto::sum::{FRAGMENT_BYTES, copy_changing, copy_with_sums, fragment_sum, fragment_sums};
 
 use super::block::PAGE_BYTES;
 use super::ingest::IngestFile;
@@ -325,7 +325,7 @@ impl Arena {
         // SAFETY: `within` has checked that all of it lies in a mapping that is live as long as `memory`; the caller holds the extent's
         // reservation or a lease on it, so nobody writes it; the slice does not outlive this call.
         let payload = unsafe { slice::from_raw_parts(from, payload_bytes) };
-        payload.chunks(FRAGMENT_BYTES).map(fragment_sum).collect()
+        fragment_sums(payload)
     }
 
     /// Copies the first `payload_bytes` of an extent, mostly of ingest memory, into another of the daemon's, whose rest becomes zeros.

@@ -411,7 +411,7 @@ impl World {
         let filled = puts.iter().map(|put| {
             self.let_go(put.extent);
             // What it means to put, whatever somebody has written over it since.
-            let sums = self.payload(put).chunks(sum::FRAGMENT_BYTES).map(sum::fragment_sum).collect();
+            let sums = sum::fragment_sums(&self.payload(put));
             Filled { hold: put.hold, sums }
         });
         let filled = filled.collect();

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use tender_proto::sum::{self, FRAGMENT_BYTES, fragment_sum};
+use tender_proto::sum;
 
 use super::{Expected, Outcome, Transfer, TransferId};
 use crate::device::block::{BlockDevice, IoDone, IoFault, IoRequest, Operation, PAGE_BYTES};
@@ -114,7 +114,7 @@ impl InFlight {
                 let payload_bytes = expected.payload_bytes as usize;
                 let private = done.private.as_ref().map(|private| &private[..payload_bytes]);
                 let sums = match private {
-                    Some(payload) => payload.chunks(FRAGMENT_BYTES).map(fragment_sum).collect(),
+                    Some(payload) => sum::fragment_sums(payload),
                     None => self.arena.fragment_sums(into, payload_bytes),
                 };
                 if sum::root(expected.seed, &sums) != expected.root {

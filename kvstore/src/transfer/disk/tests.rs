@@ -17,7 +17,7 @@ fn slot(payload: u8) -> Vec<u8> {
 }
 
 fn expected(payload: u8) -> Expected {
-    let sums: Vec<u64> = slot(payload)[..PAYLOAD_BYTES as usize].chunks(FRAGMENT_BYTES).map(fragment_sum).collect();
+    let sums = sum::fragment_sums(&slot(payload)[..PAYLOAD_BYTES as usize]);
     Expected { seed: 7, root: sum::root(7, &sums), payload_bytes: PAYLOAD_BYTES }
 }
 
