@@ -49,6 +49,7 @@ pub const ACQUIRE_BYTES_MAX: u64 = 16 << 20;
 pub const RESERVE_BYTES_MAX: u64 = 64 << 20;
 
 /// Reservations and leases at once: a lease for each slot of 4 GiB of host memory in 4 KiB blocks, at 28 B of state each 28 MiB.
+/// Dealt out to the tenants in equal parts: with 64 of them each may have 16,384.
 pub const GRANTS_MAX: usize = 1 << 20;
 
 /// Loads from disk queued or in flight, over all requests: the leases' share (a quarter) of 4 GiB of host memory in 16 KiB blocks, at

@@ -24,6 +24,7 @@
 //! 21 Taken       u32 mapping
 //! 22 NotTaken    u32 mapping, u32 length, text
 //! ```
+//! A message with a descriptor is sent in one piece.
 //! ```text
 //! client                                            daemon
 //! attach, over gRPC                    ──►

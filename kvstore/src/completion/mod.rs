@@ -186,7 +186,7 @@ pub struct Load {
     pub failed: bool,
     /// The block was purged meanwhile.
     pub cancelled: bool,
-    /// Acquires (with the block's place in them), prefetches and durables (without).
+    /// Acquires (with the block's place in them), prefetches, durables and drains (without).
     pub waiters: Vec<(RequestId, Option<usize>)>,
     /// Its transfers, to be moved to a faster lane.
     pub transfers: Vec<(u32, crate::transfer::TransferId)>,

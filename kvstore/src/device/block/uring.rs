@@ -6,7 +6,7 @@
 //! long leaks memory rather than free what the kernel still writes to.
 //!
 //! A poll of an eventfd is kept armed on the ring as waker. Refused: `SINGLE_ISSUER` with `DEFER_TASKRUN`, which binds a ring to the
-//! thread that first uses it, whereas a device is probed on one thread and then used on another; at 4 KiB and more per request
+//! thread that first uses it, whereas a device is made on one thread and then used on another; at 4 KiB and more per request
 //! `COOP_TASKRUN` saves as much.
 
 #![expect(unsafe_code, reason = "hands the kernel addresses that it reads and writes while this code goes on")]
