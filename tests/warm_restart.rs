@@ -280,3 +280,24 @@ async fn what_a_dead_worker_was_loading_is_left_out_of_use_where_the_disk_has_ch
         assert!(!leaves_what_was_being_loaded_out_of_use("second").await, "the disk is the same");
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tier_file_that_was_cut_costs_the_disk_and_not_host_memory() {
+    let site = Site::small();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let run = Run::new(&store, 1, 200);
+    run.put_durably(&store).await;
+    daemon.at_rest().await;
+    let file = std::fs::File::options().write(true).open(site.tier_file()).unwrap();
+    file.set_len(1 << 20).unwrap();
+    daemon.kill_worker();
+    run.expect(&store, Some(Tier::Host)).await;
+    support::wait_until("a word about the file", || daemon.said().contains("the disk tier is not there"));
+    run.expect(&store, Some(Tier::Host)).await;
+    assert_eq!(daemon.tier(WireTier::Disk).await.state, "awaited");
+    let new = Run::new(&store, 2, 20);
+    new.put(&store).await;
+    new.expect(&store, Some(Tier::Host)).await;
+    daemon.stop();
+}

@@ -273,3 +273,22 @@ fn a_segment_that_was_to_go_to_another_client_stays_when_nobody_asks_for_it_any_
     site.pass(STUCK_MS);
     assert!(matches!(site.reserve(first, Door::Ring), ReserveOutcome::Granted { .. }), "it does not come to be empty");
 }
+
+#[test]
+fn a_tenant_has_its_part_of_the_holds_and_others_have_theirs() {
+    let mut site = Site::new(64, 1);
+    let process = site.attach(0, "engine", "", SMALL);
+    let key = site.next_key(process.root);
+    let ReserveOutcome::Granted { hold, .. } = site.reserve(process, Door::Stream) else { panic!("there is room") };
+    assert_eq!(site.commit(process, hold, SMALL, Door::Stream), CommitOutcome::Stored);
+    let part = limits::GRANTS_MAX / 64;
+    let (keys, bytes_max) = (vec![key; part], u64::MAX);
+    let verb = Verb::Acquire { attachment: process.id, keys, bytes_max, door: Door::Stream };
+    let Some(Reply::Acquired(acquired)) = site.ask(process.tenant, verb) else { panic!("it is there") };
+    assert_eq!((part, acquired.blocks.len()), (16_384, part));
+    assert_eq!(site.reserve(process, Door::Stream), ReserveOutcome::NoRoom);
+    let other = site.attach(1, "engine", "", SMALL);
+    assert!(matches!(site.reserve(other, Door::Stream), ReserveOutcome::Granted { .. }));
+    site.ask(process.tenant, Verb::Release(By::Daemon, vec![acquired.blocks[0].parts[0].hold]));
+    assert!(matches!(site.reserve(process, Door::Stream), ReserveOutcome::Granted { .. }));
+}
