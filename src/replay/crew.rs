@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
 use super::process::child;
-use super::protocol::{FromClient, Setup, ToClient};
+use super::protocol::{FromClient, SessionJob, Setup, ToClient};
 use crate::failure::Failure;
 
 /// How long the successor of a killed client looks for a daemon, whose worker may be starting.
@@ -37,6 +37,8 @@ pub struct Crew {
     clients: Vec<Client>,
     tell: mpsc::Sender<(usize, Words)>,
     heard: mpsc::Receiver<(usize, Words)>,
+    /// When all were set up: from then on a job's time counts, whoever does it.
+    began: Instant,
     /// What was heard while the end of a client was awaited.
     early: VecDeque<Heard>,
 }
@@ -57,7 +59,7 @@ impl Crew {
         // Full when the parent falls behind; the clients' pipes then fill, and they wait.
         let (tell, heard) = mpsc::channel(1024);
         let clients = (0..clients).map(|client| Client::start(client, &tell)).collect::<Result<_, _>>()?;
-        Ok(Self { clients, tell, heard, early: VecDeque::new() })
+        Ok(Self { clients, tell, heard, began: Instant::now(), early: VecDeque::new() })
     }
 
     /// Has all clients attach. `setup` is for the first; the others differ in their index.
@@ -72,6 +74,7 @@ impl Crew {
             // The first answers, since nobody has a job yet.
             self.hear().await?;
         }
+        self.began = Instant::now();
         Ok(())
     }
 
@@ -84,7 +87,7 @@ impl Crew {
             return Ok(());
         };
         self.clients[index].jobs.extend(job.name().map(|name| (name, job.clone())));
-        self.say(index, &job).await
+        self.say(index, &job.after(self.began.elapsed())).await
     }
 
     /// Jobs that are not done yet.
@@ -105,13 +108,17 @@ impl Crew {
 
     /// Starts the successor of a client that was killed. What was under way is asked again, what was answered is not.
     pub async fn succeed(&mut self, index: usize) -> Result<(), Failure> {
-        let mut successor = Client::start(index, &self.tell)?;
+        let successor = Client::start(index, &self.tell)?;
+        self.hand_over(index, successor).await
+    }
+
+    async fn hand_over(&mut self, index: usize, mut successor: Client) -> Result<(), Failure> {
         successor.jobs = std::mem::take(&mut self.clients[index].jobs);
         successor.setup = self.clients[index].setup.take().map(|setup| Setup { patience_ms: PATIENCE_MS, ..setup });
         let (setup, jobs) = (successor.setup.clone(), successor.jobs.clone());
         self.clients[index] = successor;
         for message in setup.map(ToClient::Setup).into_iter().chain(jobs.into_values()) {
-            self.say(index, &message).await?;
+            self.say(index, &message.after(self.began.elapsed())).await?;
         }
         Ok(())
     }
@@ -185,6 +192,14 @@ impl ToClient {
             Self::Setup(_) | Self::Request(_) => true,
         }
     }
+
+    /// What is left of a job when so much of its time is gone.
+    fn after(mut self, gone: Duration) -> Self {
+        if let Self::Session(SessionJob { time_max_ms: Some(left_ms), .. }) = &mut self {
+            *left_ms = left_ms.saturating_sub(gone.as_millis() as u64);
+        }
+        self
+    }
 }
 
 impl Client {
@@ -236,4 +251,56 @@ async fn listen(index: usize, mut child: Child, tell: mpsc::Sender<(usize, Words
     }
     let how = child.wait().await.map_or_else(|error| error.to_string(), |status| status.to_string());
     drop(tell.send((index, Err(how))).await);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use tokio::io::Lines;
+    use tokio::process::{ChildStdout, Command};
+
+    use super::*;
+
+    /// A client that says what it was told.
+    fn echo() -> (Client, Lines<BufReader<ChildStdout>>, Child) {
+        let mut echo = Command::new("cat");
+        let mut echo = echo.stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true).spawn().unwrap();
+        let (input, output) = (echo.stdin.take().unwrap(), echo.stdout.take().unwrap());
+        let client = Client { input, kill: Some(oneshot::channel().0), setup: None, jobs: BTreeMap::new() };
+        (client, BufReader::new(output).lines(), echo)
+    }
+
+    async fn time_max_ms(said: &mut Lines<BufReader<ChildStdout>>) -> Option<u64> {
+        match serde_json::from_str(&said.next_line().await.unwrap().unwrap()).unwrap() {
+            ToClient::Session(job) => job.time_max_ms,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn session(job: u64, time_max_ms: Option<u64>) -> ToClient {
+        let (file, requests_max) = (PathBuf::from("0.json"), usize::MAX);
+        let tenant = 0;
+        ToClient::Session(SessionJob { job, tenant, file, requests_max, requests_done: 0, time_max_ms, pace: None })
+    }
+
+    #[tokio::test]
+    async fn a_successor_has_what_is_left_of_the_time() {
+        let (client, mut said, _first) = echo();
+        let (tell, heard) = mpsc::channel(1);
+        let mut crew = Crew { clients: vec![client], tell, heard, began: Instant::now(), early: VecDeque::new() };
+        crew.give(session(0, Some(28_000))).await.unwrap();
+        assert!(time_max_ms(&mut said).await.is_some_and(|left| (15_001..=28_000).contains(&left)));
+        for (gone, least, most) in [(13, 1, 15_000), (30, 0, 0)] {
+            let (successor, mut said, _child) = echo();
+            crew.began = Instant::now().checked_sub(Duration::from_secs(gone)).unwrap();
+            crew.hand_over(0, successor).await.unwrap();
+            let left = time_max_ms(&mut said).await;
+            assert!(left.is_some_and(|left| (least..=most).contains(&left)), "{left:?} after {gone} s");
+        }
+        let (successor, mut said, _child) = echo();
+        crew.clients[0].jobs = [(1, session(1, None))].into();
+        crew.hand_over(0, successor).await.unwrap();
+        assert_eq!(time_max_ms(&mut said).await, None);
+    }
 }

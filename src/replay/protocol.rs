@@ -58,7 +58,7 @@ pub struct SessionJob {
     pub requests_max: usize,
     /// So many of them are done already, by a client that is gone.
     pub requests_done: usize,
-    /// None is begun this long after the job came; none: all are.
+    /// None is begun this long after the job came; none: all are. A successor is told what is left.
     pub time_max_ms: Option<u64>,
     /// Trace seconds per second, the first request that is not done starting now; none: one request right after the other.
     pub pace: Option<f64>,
