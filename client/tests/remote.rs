@@ -285,6 +285,21 @@ async fn a_stream_that_breaks_off_leaves_what_came_whole() {
 }
 
 #[tokio::test]
+async fn a_prefetch_is_tried_over_three_links_at_most() {
+    let (world, client, keys, _) = with_three_blocks().await;
+    // One is refused, one breaks off in the middle.
+    for trouble in [Trouble::EndsAtPrefetch, Trouble::BreakOff] {
+        world.node.set(trouble);
+        let before = world.node.prefetches.load(Ordering::Relaxed);
+        let prefetched = client.prefetch(&keys, |_| {}).await;
+        assert_eq!(prefetched.resident_blocks + prefetched.shed_blocks, 3, "{trouble:?}");
+        assert_eq!(world.node.prefetches.load(Ordering::Relaxed) - before, 3, "{trouble:?}");
+        world.node.set(Trouble::None);
+        assert_eq!(client.lookup(&keys).await.prefix_blocks, 3);
+    }
+}
+
+#[tokio::test]
 async fn a_daemon_that_hangs_is_waited_for_until_the_deadline() {
     let (world, client, keys, payloads) = with_three_blocks_in(Node { keys_max: 1, ..Node::new() }).await;
     let client = client.with_deadline(Duration::from_millis(200));

@@ -17,7 +17,7 @@ mod reserve;
 mod watch;
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -203,60 +203,36 @@ impl Remote {
         report: &mut (dyn FnMut(Prefetched) + Send),
     ) -> Result<(), Failure> {
         let deadline = deadline::with_bytes(self.deadline, self.block_bytes(keys));
-        let prefetching = async {
-            for _ in 1..LINKS_MAX {
-                let answer = self.prefetch_once(keys, report, deadline).await;
-                if !answer.as_ref().is_err_and(|failure| failure.wants_attach()) {
-                    return answer;
-                }
-            }
-            self.prefetch_once(keys, report, deadline).await
+        // One call follows the other: nobody waits for it.
+        let report = Mutex::new(report);
+        let say = |resident: u32, loaded: u32, missing: u32, shed: u32| {
+            let blocks = |count: u32| (count as usize).min(keys.len());
+            report.lock().unwrap_or_else(PoisonError::into_inner)(Prefetched {
+                resident_blocks: blocks(resident),
+                loaded_blocks: blocks(loaded),
+                missing_blocks: blocks(missing),
+                shed_blocks: blocks(shed),
+            });
         };
-        timeout(deadline + deadline::GRACE, prefetching).await.unwrap_or(Err(Failure::Deadline))
-    }
-
-    async fn prefetch_once(
-        &self,
-        keys: &[BlockKey],
-        report: &mut (dyn FnMut(Prefetched) + Send),
-        deadline: Duration,
-    ) -> Result<(), Failure> {
-        let blocks = |count: u32| (count as usize).min(keys.len());
+        let say = &say;
         let call = |link: Arc<Link>| async move {
             if let Some(local) = link.local(keys.len()) {
-                return local.prefetch(keys, deadline).await.map(Prefetching::Done);
+                let done = local.prefetch(keys, deadline).await?;
+                say(done.resident, done.loaded, done.missing, done.shed);
+                return Ok(());
             }
             let (attachment, deadline_ms) = (link.attachment, deadline::wire_ms(deadline));
             let request = wire::PrefetchRequest { attachment, keys: joined(keys), deadline_ms };
-            let stream = link.client().prefetch(link.request(request)).await?.into_inner();
-            Ok(Prefetching::Stream(Box::new(stream)))
-        };
-        let mut stream = match self.ask(deadline, call).await? {
-            Prefetching::Stream(stream) => stream,
-            Prefetching::Done(done) => {
-                report(Prefetched {
-                    resident_blocks: blocks(done.resident),
-                    loaded_blocks: blocks(done.loaded),
-                    missing_blocks: blocks(done.missing),
-                    shed_blocks: blocks(done.shed),
-                });
-                return Ok(());
-            }
-        };
-        {
-            while let Some(progress) = stream.message().await? {
-                report(Prefetched {
-                    resident_blocks: blocks(progress.resident_blocks),
-                    loaded_blocks: blocks(progress.loaded_blocks),
-                    missing_blocks: blocks(progress.missing_blocks),
-                    shed_blocks: blocks(progress.shed_blocks),
-                });
-                if progress.done {
+            let mut stream = link.client().prefetch(link.request(request)).await?.into_inner();
+            while let Some(now) = stream.message().await? {
+                say(now.resident_blocks, now.loaded_blocks, now.missing_blocks, now.shed_blocks);
+                if now.done {
                     return Ok(());
                 }
             }
             Err(Failure::Gone)
-        }
+        };
+        self.ask(deadline, call).await
     }
 }
 
@@ -355,12 +331,6 @@ impl BlockStore for Remote {
 /// Keys as the wire has them.
 fn joined(keys: &[BlockKey]) -> Bytes {
     BlockKey::join(keys).into()
-}
-
-/// A prefetch over the ring has one answer, over gRPC one now and then.
-enum Prefetching {
-    Done(tender_proto::door::Prefetched),
-    Stream(Box<tonic::Streaming<wire::PrefetchProgress>>),
 }
 
 fn plus(a: Prefetched, b: Prefetched) -> Prefetched {

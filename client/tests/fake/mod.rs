@@ -35,6 +35,8 @@ pub enum Trouble {
     Hang,
     /// Break off every stream after one block.
     BreakOff,
+    /// Answer every prefetch as a worker at its end does.
+    EndsAtPrefetch,
     /// Flip a bit of the second block.
     FlipBit,
     /// Swap the roles of two blocks: right sums, wrong key.
@@ -74,10 +76,11 @@ pub struct Node {
     pub put_bytes_max: u64,
     /// Who is attached. Cleared by a restart.
     pub attached: Mutex<HashMap<u64, InMemory>>,
-    /// Attaches, detaches and puts' headers that came.
+    /// Attaches, detaches, puts' headers and prefetches that came.
     pub attaches: AtomicU64,
     pub detaches: AtomicU64,
     pub puts: AtomicU64,
+    pub prefetches: AtomicU64,
     /// In how many shards a block was written.
     pub written: Mutex<HashMap<BlockKey, u16>>,
     pub writing: Mutex<HashSet<(BlockKey, Shard)>>,
@@ -104,6 +107,7 @@ impl Node {
             attaches: AtomicU64::new(0),
             detaches: AtomicU64::new(0),
             puts: AtomicU64::new(0),
+            prefetches: AtomicU64::new(0),
             written: Mutex::default(),
             writing: Mutex::default(),
             turn: tokio::sync::Mutex::default(),

@@ -283,6 +283,10 @@ impl Blocks for Door {
         request: Request<wire::PrefetchRequest>,
     ) -> Result<Response<Self::PrefetchStream>, Status> {
         self.enter(&request).await?;
+        self.0.prefetches.fetch_add(1, Ordering::Relaxed);
+        if self.0.trouble() == Trouble::EndsAtPrefetch {
+            return Err(Status::unavailable("stopping"));
+        }
         let request = request.into_inner();
         let store = self.store(request.attachment)?;
         let (replies, receiver) = mpsc::channel(2);
