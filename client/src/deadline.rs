@@ -29,7 +29,7 @@ pub(crate) const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Pause before a worker is looked for that follows one which was about to end: less than it takes to start one.
 pub(crate) const NEXT_WORKER_PAUSE: Duration = Duration::from_millis(20);
 
-/// How long the call that found its daemon gone waits for the first attempt to reach it again, before it answers with a miss. A daemon
+/// How long a call that finds the daemon gone waits for the first attempt to reach it again, before it answers with a miss. A daemon
 /// that was stopped refuses at once; one whose worker is being followed by the next one answers when that one serves.
 pub(crate) const RECONNECT_WAIT: Duration = Duration::from_secs(3);
 

@@ -3,10 +3,10 @@
 //! ```text
 //!            a call finds the daemon gone, or itself detached
 //!   attached ────────────────────────────────────────────────► lost ── a task attaches: at once, then after 100 ms, 200 ms … 5 s
-//!       ▲                                                        │     calls meanwhile fail at once
+//!       ▲                                                        │     calls fail at once when the first attempt has failed
 //!       └──────────── attached again, under the same root ───────┘
 //! ```
-//! The call that found out waits a moment for the first attempt, so that a daemon that was merely restarted costs no miss. An attempt that
+//! Calls wait a moment for the first attempt, so that a daemon that was merely restarted costs no miss. An attempt that
 //! found somebody at the socket who then went away has met a worker at its end: for as long as calls wait it does not count as one, and
 //! the next one follows soon.
 //!

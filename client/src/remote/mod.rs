@@ -1,8 +1,8 @@
 //! A daemon, asked through the ring of its local door or over gRPC.
 //!
 //! ```text
-//! Remote ── verb ──► Links::current ──► Link (one attachment over one connection) ──► ring, if there is one, else gRPC ──► daemon
-//!             │          └─ none: a miss, at once; a task of `link` attaches meanwhile
+//! Remote ── verb ──► Links::ready ──► Link (one attachment over one connection) ──► ring, if there is one, else gRPC ──► daemon
+//!             │          └─ none: a task of `link` attaches; its first attempt is waited for, and once that has failed it is a miss at once
 //!             └─ the call failed because the daemon is gone or forgot us: Links::another, then again, twice at most
 //! ```
 //! `connection` is the way there, `link` the attachment, `crate::local` the ring, `crate::failure` why there was no answer,
