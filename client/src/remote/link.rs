@@ -63,19 +63,9 @@ impl Link {
         attach: &Attach,
         expected: Option<&BlockKey>,
         estate: &Arc<Estate>,
-    ) -> Result<(Self, Terms), AttachError> {
-        let channel = door.connect().await?;
-        Self::attach_over(channel, door, doors, attach, expected, estate).await
-    }
-
-    async fn attach_over(
-        channel: Channel,
-        door: &Door,
-        doors: Doors,
-        attach: &Attach,
-        expected: Option<&BlockKey>,
-        estate: &Arc<Estate>,
-    ) -> Result<(Self, Terms), AttachError> {
+    ) -> Result<(Self, Terms), NotAttached> {
+        // Where nobody listens, nobody went away.
+        let channel = door.connect().await.map_err(NotAttached::For)?;
         let request = wire::AttachRequest {
             protocol_version: PROTOCOL_VERSION,
             group: attach.group.clone(),
@@ -313,13 +303,8 @@ impl Links {
     }
 
     async fn attempt(&self) -> Result<Link, NotAttached> {
-        let channel = self.door.connect().await.map_err(NotAttached::For)?;
-        let (doors, root) = (self.doors, Some(&self.root));
-        let attached = Link::attach_over(channel, &self.door, doors, &self.attach, root, &self.estate).await;
-        let (link, terms) = attached.map_err(|error| match error {
-            AttachError::Unavailable { .. } => NotAttached::WentAway(error),
-            error => NotAttached::For(error),
-        })?;
+        let root = Some(&self.root);
+        let (link, terms) = Link::attach(&self.door, self.doors, &self.attach, root, &self.estate).await?;
         if terms.root != self.root {
             // Keys given out were derived from the old root: under the new one they would name nothing.
             tracing::error!("the daemon came back with another salt for this tenant; attach anew to use it");
@@ -353,9 +338,7 @@ async fn knock(socket: PathBuf, link: Weak<Link>, links: Weak<Links>) {
         match links.attempt().await {
             Ok(better) if better.local.is_some() => return links.change(&link, better),
             Ok(no_better) => leave(&no_better).await,
-            Err(NotAttached::WentAway(error) | NotAttached::For(error)) => {
-                tracing::debug!("not attached for the local door: {error}");
-            }
+            Err(error) => tracing::debug!("not attached for the local door: {}", error.into_error()),
         }
     }
 }
@@ -381,12 +364,29 @@ impl Drop for Links {
     }
 }
 
-/// Why an attempt to attach anew failed.
-enum NotAttached {
+/// Why an attempt to attach failed.
+pub(super) enum NotAttached {
     /// Somebody listened, and then went away: another one may follow.
     WentAway(AttachError),
     /// Anything else.
     For(AttachError),
+}
+
+impl NotAttached {
+    pub(super) fn into_error(self) -> AttachError {
+        let (Self::WentAway(error) | Self::For(error)) = self;
+        error
+    }
+}
+
+/// Once connected.
+impl From<AttachError> for NotAttached {
+    fn from(error: AttachError) -> Self {
+        match error {
+            AttachError::Unavailable { .. } => Self::WentAway(error),
+            error => Self::For(error),
+        }
+    }
 }
 
 /// The task that attaches; ends when it did, or when nobody holds the links any more.
@@ -417,8 +417,8 @@ impl Attaching {
                     sleep(deadline::NEXT_WORKER_PAUSE).await;
                     continue;
                 }
-                Err(NotAttached::WentAway(error) | NotAttached::For(error)) => {
-                    tracing::debug!("not attached: {error}");
+                Err(error) => {
+                    tracing::debug!("not attached: {}", error.into_error());
                     links.state.send_modify(|state| state.failed_attempts = state.failed_attempts.saturating_add(1));
                 }
             }

@@ -28,7 +28,7 @@ use tokio::time::timeout;
 
 pub(crate) use self::connection::Door;
 pub use self::connection::Target;
-use self::link::{Link, Links};
+use self::link::{Link, Links, NotAttached};
 use crate::failure::Failure;
 use crate::{
     Attach, AttachError, BlockStore, BringError, GetEnd, Got, Lookup, OwnMemory, Position, Prefetched, Purge, Purged,
@@ -72,7 +72,8 @@ impl Remote {
     ) -> Result<Self, AttachError> {
         let door = Door::new(target, token)?;
         let estate = Arc::default();
-        let (link, terms) = Link::attach(&door, doors, &attach, None, &estate).await?;
+        let (link, terms) =
+            Link::attach(&door, doors, &attach, None, &estate).await.map_err(NotAttached::into_error)?;
         let links = Links::new(door, doors, link, &terms, estate);
         Ok(Self { terms: Arc::new(terms), links, deadline: deadline::REQUEST })
     }
