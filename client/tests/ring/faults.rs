@@ -3,6 +3,8 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use tender_client::proto::Namespace;
+
 use super::*;
 use crate::fake::local::{Misplaced, OWN_MAPPING, THEIR_MAPPING};
 
@@ -134,6 +136,19 @@ async fn a_door_that_was_closed_once_is_tried_again() {
         assert!(got.blocks.iter().zip(&payloads).all(|(view, payload)| view.is_leased() && view.equals(payload)));
     }
     node.all_given_back().await;
+}
+
+#[tokio::test]
+async fn the_door_is_not_tried_with_a_public_namespace() {
+    let node = Node::new(small(|script| script.refuses = true));
+    let namespace = Namespace { public: true, ..attach().namespace };
+    let client =
+        Remote::attach(Target::Unix(node.world.socket()), None, Attach { namespace, ..attach() }).await.unwrap();
+    let (keys, payloads) = blocks(&client, 1);
+    assert_eq!(put(&client, &keys, &payloads).await, [PutOutcome::Stored]);
+    // Twice as long as a door that refuses is left alone at first.
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!((client.door(), node.world.node.attaches()), (Doors::Grpc, 1));
 }
 
 #[tokio::test]
