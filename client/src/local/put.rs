@@ -41,9 +41,8 @@ impl Local {
         let mut is_short = false;
         for (index, reserved) in reserved.into_iter().enumerate() {
             match reserved {
-                // Given back, with all that follows.
+                // The last one, and no outcome: there may be room over gRPC.
                 Reserved::Not(PutOutcome::NoRoom) => is_short = true,
-                _ if is_short => {}
                 Reserved::Granted(slot) => {
                     places.push(index);
                     slots.push(slot);
@@ -74,8 +73,8 @@ impl Local {
         Ok(outcomes)
     }
 
-    /// Slots of `bytes` for a run of at most `KEYS_MAX` blocks. What is granted where nothing can be written is given back, for there is
-    /// no room then.
+    /// Slots of `bytes` for a run of at most `KEYS_MAX` blocks, up to the first that is turned away. What is granted where nothing can be
+    /// written is given back, for there is no room then; so is what is granted behind it.
     pub(crate) async fn reserve(
         &self,
         parent: BlockKey,
@@ -95,7 +94,12 @@ impl Local {
             ReserveOutcome::OverQuota => Ok(Reserved::Not(PutOutcome::OverQuota)),
         });
         // All of them first: what was granted is given back if one has ended.
-        reserved.collect::<Vec<_>>().into_iter().collect()
+        let mut reserved = reserved.collect::<Vec<_>>().into_iter().collect::<Result<Vec<_>, _>>()?;
+        let is_turned_away = |reserved: &Reserved| matches!(reserved, Reserved::Not(why) if why.is_turned_away());
+        if let Some(first) = reserved.iter().position(is_turned_away) {
+            reserved.truncate(first + 1);
+        }
+        Ok(reserved)
     }
 
     fn granted(&self, key: &BlockKey, hold: HoldId, extent: Extent, bytes: usize) -> Result<Reserved, Failure> {

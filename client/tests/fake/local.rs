@@ -55,7 +55,7 @@ pub struct Script {
     /// Most bytes reserved at a time; no memory to write is given when it is 0.
     pub ingest_bytes: u64,
     /// Name another mapping in reservations than the one that was given.
-    pub misnames: bool,
+    pub misnames: fn(usize) -> bool,
     /// Put off all answers.
     pub holds: bool,
     /// Answer `Busy` to so many requests that give something back.
@@ -137,7 +137,7 @@ impl Default for Script {
             misplaces: Misplaced::Nothing,
             budget_bytes: FILE_BYTES,
             ingest_bytes: OWN_BYTES,
-            misnames: false,
+            misnames: |_| false,
             holds: false,
             busy: 0,
             babbles: false,

@@ -158,7 +158,7 @@ impl Client {
                 self.node.writing.lock().unwrap().insert((*key, shard));
                 let held = Held { mapping: self.own_mapping, offset, bytes, writing: Some((*key, shard)), parent };
                 let hold = HoldId(self.begin(held));
-                let segment = if misnames { 4711 } else { self.own_mapping };
+                let segment = if misnames(outcomes.len()) { 4711 } else { self.own_mapping };
                 let bytes = bytes.next_multiple_of(PAGE_BYTES) as u32;
                 ReserveOutcome::Granted { hold, extent: Extent { segment, offset_bytes: offset, bytes } }
             });

@@ -81,7 +81,13 @@ async fn what_finds_no_memory_here_is_put_over_grpc() {
     let cases = [
         (small(|script| script.ingest_bytes = 0), 1),
         (small(|script| script.ingest_bytes = 2 * BLOCK_BYTES as u64 + 1), 0),
-        (small(|script| (script.misnames, script.busy) = (true, 2)), 1),
+        (
+            small(|script| {
+                script.misnames = |_| true;
+                script.busy = 2;
+            }),
+            1,
+        ),
     ];
     for (script, grpc_puts) in cases {
         let node = Node::new(script);
