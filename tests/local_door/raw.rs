@@ -13,7 +13,7 @@ use tender_client::proto::descriptors::{self, DESCRIPTORS_MAX, EventFd, Process}
 use tender_client::proto::door::{
     Asked, CommitOutcome, Extent, Filled, Held, HoldId, HoldKind, Reply, Request, ReserveOutcome, Status,
 };
-use tender_client::proto::greeting::{MESSAGE_BYTES, SOCKET_SUFFIX, ToClient, ToDaemon};
+use tender_client::proto::greeting::{MESSAGE_BYTES, ToClient, ToDaemon, door_path};
 use tender_client::proto::ring::{ClientRing, RING_BYTES, RingMemory, Submission};
 use tender_client::proto::sum::fragment_sums;
 use tender_client::proto::{BlockKey, Shard, wire};
@@ -32,9 +32,7 @@ pub struct Socket(UnixStream);
 impl Socket {
     /// Connects to the door beside that of gRPC.
     pub fn connect(socket: &Path) -> Self {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(SOCKET_SUFFIX);
-        Self(UnixStream::connect(path).unwrap())
+        Self(UnixStream::connect(door_path(socket)).unwrap())
     }
 
     pub fn say(&self, said: ToDaemon, descriptors: &[BorrowedFd<'_>]) {

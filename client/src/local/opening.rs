@@ -2,14 +2,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tender_proto::descriptors::{self, EventFd, Process};
 use tender_proto::door::{CONFIRMS_PER_ENTRY_MAX, Held, Reply, Request};
-use tender_proto::greeting::{self, MESSAGE_BYTES, SHARED_MAPPING, SOCKET_SUFFIX, ToClient, ToDaemon};
+use tender_proto::greeting::{self, MESSAGE_BYTES, SHARED_MAPPING, ToClient, ToDaemon};
 use tender_proto::ring::{ClientRing, RingMemory};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -48,7 +48,7 @@ struct Former {
 /// everything goes over gRPC instead.
 pub(super) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -> io::Result<Connection> {
     let until = Instant::now() + deadline::DOOR;
-    let connecting = timeout(deadline::DOOR, UnixStream::connect(beside(socket)));
+    let connecting = timeout(deadline::DOOR, UnixStream::connect(greeting::door_path(socket)));
     let socket = connecting.await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??.into_std()?;
     let estate = Arc::clone(estate);
     let greeting = spawn_blocking(move || greet(socket, attachment, &estate, until));
@@ -61,7 +61,7 @@ pub(super) async fn open(socket: &Path, attachment: u64, estate: &Arc<Estate>) -
 
 /// Whether somebody listens beside `socket`.
 pub(super) async fn is_there(socket: &Path) -> bool {
-    let connecting = timeout(deadline::DOOR, UnixStream::connect(beside(socket)));
+    let connecting = timeout(deadline::DOOR, UnixStream::connect(greeting::door_path(socket)));
     connecting.await.is_ok_and(|connected| connected.is_ok())
 }
 
@@ -86,12 +86,6 @@ async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-fn beside(socket: &Path) -> PathBuf {
-    let mut path = socket.as_os_str().to_owned();
-    path.push(SOCKET_SUFFIX);
-    path.into()
 }
 
 /// The connection, and what is to be confirmed if there was one before.

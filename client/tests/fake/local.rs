@@ -16,7 +16,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tender_client::proto::BlockKey;
 use tender_client::proto::descriptors::{self, Bell, EventFd, Process};
 use tender_client::proto::door::Reply;
-use tender_client::proto::greeting::{MESSAGE_BYTES, SHARED_MAPPING, SOCKET_SUFFIX, ToClient, ToDaemon};
+use tender_client::proto::greeting::{MESSAGE_BYTES, SHARED_MAPPING, ToClient, ToDaemon, door_path};
 use tender_client::proto::ring::{DaemonRing, RingMemory, Submission, Ticket};
 
 use super::Node;
@@ -175,7 +175,7 @@ pub struct LocalDoor {
 
 impl LocalDoor {
     pub fn beside(node: &Arc<Node>, socket: &Path, script: Script) -> Self {
-        let path = PathBuf::from(format!("{}{SOCKET_SUFFIX}", socket.display()));
+        let path = door_path(socket);
         let _left_behind = std::fs::remove_file(&path);
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tender_client::proto::Namespace;
+use tender_client::proto::greeting::door_path;
 
 use super::*;
 use crate::fake::local::{Misplaced, OWN_MAPPING, THEIR_MAPPING};
@@ -160,9 +161,7 @@ async fn the_door_is_not_tried_with_a_public_namespace() {
 #[tokio::test]
 async fn a_door_that_hangs_is_done_without() {
     let world = World::new();
-    let mut path = world.socket().into_os_string();
-    path.push(".door");
-    let _never_accepted = std::os::unix::net::UnixListener::bind(path).unwrap();
+    let _never_accepted = std::os::unix::net::UnixListener::bind(door_path(&world.socket())).unwrap();
     let client = timeout(2 * AT_ONCE, world.client()).await.expect("it is not waited for long");
     assert_eq!(client.door(), Doors::Grpc);
 }
