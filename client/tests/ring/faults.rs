@@ -232,8 +232,7 @@ async fn what_was_granted_and_is_in_no_books_when_the_next_ring_begins_is_asked_
     let (client, keys, payloads) = node.with_blocks(3).await;
     node.script(|script| script.holds = true);
     let mut getting = Box::pin(client.get(&keys, Shard::WHOLE));
-    let once = std::future::poll_fn(|context| std::task::Poll::Ready(getting.as_mut().poll(context).is_ready()));
-    assert!(!once.await);
+    assert!(!is_ready_at_once(&mut getting).await);
     node.script(|script| script.holds = false);
     node.door().until("leased", |script| script.held.len() == 3).await;
     node.world.node.attached.lock().unwrap().clear();
@@ -326,8 +325,7 @@ async fn a_get_that_is_broken_off_holds_nothing() {
     // Taken off the ring and never picked up: the first poll submits, and finds nothing; the next is never.
     for _ in 0..50 {
         let mut getting = Box::pin(client.get(&keys, Shard::WHOLE));
-        let first =
-            std::future::poll_fn(|context| std::task::Poll::Ready(getting.as_mut().poll(context).is_ready())).await;
+        let first = is_ready_at_once(&mut getting).await;
         sleep(Duration::from_millis(if first { 0 } else { 5 })).await;
     }
     node.all_given_back().await;
@@ -341,9 +339,7 @@ async fn a_put_that_is_broken_off_reserves_nothing() {
     for polls in 1..20 {
         let mut putting = Box::pin(put(&client, &keys, &payloads));
         for _ in 0..polls {
-            let polled =
-                std::future::poll_fn(|context| std::task::Poll::Ready(putting.as_mut().poll(context).is_ready()));
-            if polled.await {
+            if is_ready_at_once(&mut putting).await {
                 break;
             }
             tokio::task::yield_now().await;

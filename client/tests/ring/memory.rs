@@ -110,8 +110,7 @@ async fn memory_that_a_put_still_fills_is_not_the_callers_yet() {
     // It gives way to others behind each slot that it has filled.
     let mut polls_left = 3;
     while polls_left > 0 {
-        let once = std::future::poll_fn(|context| std::task::Poll::Ready(putting.as_mut().poll(context).is_ready()));
-        assert!(!once.await);
+        assert!(!is_ready_at_once(&mut putting).await);
         sleep(Duration::from_millis(2)).await;
         polls_left -= usize::from(node.script(|script| script.put_bytes) > 0);
     }

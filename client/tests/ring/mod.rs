@@ -4,6 +4,9 @@ mod faults;
 mod memory;
 mod slots;
 
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -71,6 +74,11 @@ impl Node {
     async fn all_given_back(&self) {
         self.door().until("all is given back", |script| script.held.is_empty()).await;
     }
+}
+
+/// Polls once.
+async fn is_ready_at_once(future: &mut Pin<Box<impl Future>>) -> bool {
+    poll_fn(|context| Poll::Ready(future.as_mut().poll(context).is_ready())).await
 }
 
 fn small(script: impl FnOnce(&mut Script)) -> Script {
