@@ -96,11 +96,6 @@ impl Debts {
         *owed = Owed { wake: Some(Arc::clone(wake)), origin, ..Owed::default() };
     }
 
-    /// The daemon does not confirm these of a host memory: nobody here holds them any more.
-    pub(super) fn lose(&self, origin: Origin, holds: impl IntoIterator<Item = HoldId>) {
-        self.end_held(origin, holds);
-    }
-
     /// Where names come from now.
     pub(super) fn origin(&self) -> Origin {
         self.lock().origin
@@ -179,8 +174,8 @@ impl Debts {
         is_current
     }
 
-    /// Notes what is held no more and has ended.
-    fn end_held(&self, origin: Origin, holds: impl IntoIterator<Item = HoldId>) {
+    /// Notes what is held no more: it has ended, or the daemon does not confirm it.
+    pub(super) fn end_held(&self, origin: Origin, holds: impl IntoIterator<Item = HoldId>) {
         let mut owed = self.lock();
         if owed.origin.life == origin.life {
             owed.let_go(holds);
@@ -335,7 +330,7 @@ mod tests {
         debts.begin_anew(&wake);
         let held = [1, 2].map(|name| hold(&debts, debts.origin(), name).unwrap());
         debts.begin(&wake);
-        debts.lose(debts.origin(), [HoldId(1)]);
+        debts.end_held(debts.origin(), [HoldId(1)]);
         assert_eq!(held.each_ref().map(Held::stands), [false, true]);
         drop(held);
         let due = debts.due(debts.origin()).unwrap();

@@ -105,10 +105,9 @@ impl Mapping {
     /// # Panics
     /// If the mapping is to be read only, or the payload leaves it.
     pub(super) fn fill(&self, offset: u64, payload: &[u8]) -> Vec<u64> {
-        assert!(self.is_writable, "a reservation lies in memory that this process may write");
-        let to = self.start(offset, payload.len()).cast_mut();
-        // SAFETY: `start` has checked that all of `to` lies in a mapping that is live as long as `self`, and it is writable. The caller
-        // holds the reservation, so nobody else in this process uses these bytes, but by an address that it was given, and then it
+        let to = self.start_to_write(offset, payload.len());
+        // SAFETY: `start_to_write` has checked that all of `to` lies in a mapping that is live as long as `self`, and that it is writable. The
+        // caller holds the reservation, so nobody else in this process uses these bytes, but by an address that it was given, and then it
         // answers for it; no reference into a mapping exists, so the payload is somewhere else.
         unsafe { copy_with_sums(payload.as_ptr(), to, payload.len()) }
     }
@@ -118,10 +117,14 @@ impl Mapping {
     /// # Panics
     /// As [`fill`](Self::fill).
     pub(super) fn write(&self, offset: u64, bytes: &[u8]) {
-        assert!(self.is_writable, "a reservation lies in memory that this process may write");
-        let to = self.start(offset, bytes.len()).cast_mut();
+        let to = self.start_to_write(offset, bytes.len());
         // SAFETY: as for `fill`.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) }
+    }
+
+    fn start_to_write(&self, offset: u64, bytes: usize) -> *mut u8 {
+        assert!(self.is_writable, "a reservation lies in memory that this process may write");
+        self.start(offset, bytes).cast_mut()
     }
 
     /// The sums of the fragments of what lies at `offset`, each byte read once.

@@ -82,7 +82,7 @@ async fn confirm(connection: &Connection, held: &[Held]) -> io::Result<()> {
                 lost_count,
                 "what was leased or reserved before the daemon was started again is not any more"
             );
-            connection.debts().lose(connection.calls().origin(), lost);
+            connection.debts().end_held(connection.calls().origin(), lost);
         }
     }
     Ok(())
