@@ -168,11 +168,13 @@ struct State {
     failed_attempts: u32,
     /// Whether a task is at it.
     is_attaching: bool,
+    /// Nobody wants a link any more.
+    is_closed: bool,
 }
 
 impl Links {
     pub(super) fn new(door: Door, doors: Doors, link: Link, terms: &Terms, estate: Arc<Estate>) -> Arc<Self> {
-        let state = State { link: Some(Arc::new(link)), failed_attempts: 0, is_attaching: false };
+        let state = State { link: Some(Arc::new(link)), ..State::default() };
         let (attach, state) = (terms.attach.clone(), watch::Sender::new(state));
         let links = Arc::new(Self { door, doors, attach, root: terms.root, estate, state });
         links.heed();
@@ -274,25 +276,42 @@ impl Links {
         self.state.borrow().link.as_ref().is_some_and(|current| Arc::ptr_eq(current, link))
     }
 
-    /// Puts a link in the place of another one, if that is in use. The daemon forgets the other's attachment when nobody has used it for
-    /// a while: who asks over it now is not disturbed.
-    fn change(self: &Arc<Self>, link: &Arc<Link>, better: Link) {
-        let is_changed = self.state.send_if_modified(|state| {
+    /// Puts a link in the place of another one, if that is in use; else it is given back. The daemon forgets the other's attachment when
+    /// nobody has used it for a while: who asks over it now is not disturbed.
+    fn change(self: &Arc<Self>, link: &Arc<Link>, better: Link) -> Option<Link> {
+        let mut better = Some(better);
+        self.state.send_if_modified(|state| {
             let is_current = state.link.as_ref().is_some_and(|current| Arc::ptr_eq(current, link));
             if is_current {
-                state.link = Some(Arc::new(better));
+                state.link = better.take().map(Arc::new);
             }
             is_current
         });
-        if is_changed {
+        if better.is_none() {
             self.heed();
         }
+        better
+    }
+
+    /// Puts a link in the place of the one that was lost; gives it back where nobody wants one any more.
+    fn attached(self: &Arc<Self>, link: Link) -> Option<Link> {
+        let mut link = Some(link);
+        self.state.send_modify(|state| {
+            state.is_attaching = false;
+            if !state.is_closed {
+                state.link = link.take().map(Arc::new);
+            }
+        });
+        if link.is_none() {
+            self.heed();
+        }
+        link
     }
 
     /// Starts the task that attaches, unless there is one or no need.
     fn attach_anew(self: &Arc<Self>) {
         let start = self.state.send_if_modified(|state| {
-            let start = state.link.is_none() && !state.is_attaching;
+            let start = state.link.is_none() && !state.is_attaching && !state.is_closed;
             state.is_attaching |= start;
             start
         });
@@ -313,9 +332,9 @@ impl Links {
         Ok(link)
     }
 
-    /// Leaves, and waits until the daemon has heard of it.
-    pub(super) async fn close(self) {
-        if let Some(link) = self.state.send_replace(State::default()).link {
+    /// Leaves, and waits until the daemon has heard of it. What an attempt under way brings is left when it comes.
+    pub(super) async fn close(&self) {
+        if let Some(link) = self.state.send_replace(State { is_closed: true, ..State::default() }).link {
             leave(&link).await;
         }
     }
@@ -336,7 +355,12 @@ async fn knock(socket: PathBuf, link: Weak<Link>, links: Weak<Links>) {
             continue;
         }
         match links.attempt().await {
-            Ok(better) if better.local.is_some() => return links.change(&link, better),
+            Ok(better) if better.local.is_some() => {
+                if let Some(unwanted) = links.change(&link, better) {
+                    leave(&unwanted).await;
+                }
+                return;
+            }
             Ok(no_better) => leave(&no_better).await,
             Err(error) => tracing::debug!("not attached for the local door: {}", error.into_error()),
         }
@@ -404,11 +428,9 @@ impl Attaching {
                 Ok(link) => {
                     tracing::info!(door = ?links.door, "attached to the daemon again");
                     self.is_over = true;
-                    links.state.send_modify(|state| {
-                        state.link = Some(Arc::new(link));
-                        state.is_attaching = false;
-                    });
-                    links.heed();
+                    if let Some(unwanted) = links.attached(link) {
+                        leave(&unwanted).await;
+                    }
                     return;
                 }
                 Err(NotAttached::WentAway(error)) if since.elapsed() < deadline::RECONNECT_WAIT => {

@@ -55,6 +55,8 @@ pub enum Doors {
 pub struct Remote {
     terms: Arc<Terms>,
     links: Arc<Links>,
+    /// Counts clones; tasks hold the links too, for as long as they try to attach.
+    clones: Arc<()>,
     deadline: Duration,
 }
 
@@ -78,7 +80,7 @@ impl Remote {
         let (link, terms) =
             Link::attach(&door, doors, &attach, None, &estate).await.map_err(NotAttached::into_error)?;
         let links = Links::new(door, doors, link, &terms, estate);
-        Ok(Self { terms: Arc::new(terms), links, deadline: deadline::REQUEST })
+        Ok(Self { terms: Arc::new(terms), links, clones: Arc::default(), deadline: deadline::REQUEST })
     }
 
     /// The same client with another deadline for each call (default 5 s), to which the time for its bytes is added.
@@ -111,11 +113,11 @@ impl Remote {
     }
 
     /// Leaves, and waits until the daemon has heard of it (milliseconds; where it does not answer, at most three seconds), which a drop
-    /// does not: what a drop starts ends with the runtime. While there are other clones nothing happens, as with a drop. What is leased or reserved stays so: the last
-    /// view or slot leaves.
+    /// does not: what a drop starts ends with the runtime. While there are other clones nothing happens, as with a drop. What is leased or
+    /// reserved stays so: the last view or slot leaves.
     pub async fn close(self) {
-        if let Some(links) = Arc::into_inner(self.links) {
-            links.close().await;
+        if Arc::into_inner(self.clones).is_some() {
+            self.links.close().await;
         }
     }
 

@@ -167,6 +167,25 @@ async fn a_door_that_hangs_is_done_without() {
 }
 
 #[tokio::test]
+async fn who_closes_while_the_door_is_tried_has_left() {
+    let world = World::new();
+    let _never_accepted = std::os::unix::net::UnixListener::bind(door_path(&world.socket())).unwrap();
+    let client = world.client().await;
+    let start = std::time::Instant::now();
+    while world.node.attaches() < 2 {
+        assert!(start.elapsed() < AT_ONCE, "the door is not tried again");
+        sleep(Duration::from_millis(5)).await;
+    }
+    client.close().await;
+    assert_eq!(world.node.detaches.load(Ordering::Relaxed), 1);
+    // What it was tried with is left too.
+    while !world.node.attached.lock().unwrap().is_empty() {
+        assert!(start.elapsed() < 3 * AT_ONCE);
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
 async fn views_outlive_the_daemon_and_calls_find_the_next_one() {
     let mut node = Node::new(Script::default());
     let (client, keys, payloads) = node.with_blocks(3).await;
