@@ -195,19 +195,12 @@ fn lock(folder: &Path) -> std::io::Result<File> {
     Ok(lock)
 }
 
+/// Nobody cleans it up before it is locked: until then it has no marker.
 fn locked_folder(place: &Path, prefix: &str) -> std::io::Result<(TempDir, File)> {
-    /// Somebody who cleans up may find a folder before it is locked; not again and again.
-    const TRIES: usize = 5;
-    let prefix = format!("{PREFIX}{prefix}");
-    let make = || tempfile::Builder::new().prefix(&prefix).tempdir_in(place);
-    for _ in 0..TRIES {
-        let folder = make()?;
-        if let Ok(lock) = lock(folder.path()) {
-            File::create(folder.path().join(MARKER))?;
-            return Ok((folder, lock));
-        }
-    }
-    Err(std::io::ErrorKind::ResourceBusy.into())
+    let folder = tempfile::Builder::new().prefix(&format!("{PREFIX}{prefix}")).tempdir_in(place)?;
+    let lock = lock(folder.path())?;
+    File::create(folder.path().join(MARKER))?;
+    Ok((folder, lock))
 }
 
 fn usual_places() -> Vec<PathBuf> {
