@@ -129,13 +129,15 @@ pub struct LeftBehind {
 }
 
 impl LeftBehind {
-    /// Removes it.
+    /// Removes it; [`ResourceBusy`](std::io::ErrorKind::ResourceBusy) where somebody has begun to use it.
     pub fn remove(&self) -> std::io::Result<()> {
         if self.path.symlink_metadata()?.is_dir() {
             return std::fs::remove_dir_all(&self.path);
         }
-        // A daemon may have come meanwhile.
-        if is_deserted(&self.path) { std::fs::remove_file(&self.path) } else { Ok(()) }
+        if !is_deserted(&self.path) {
+            return Err(std::io::Error::new(std::io::ErrorKind::ResourceBusy, "somebody listens there now"));
+        }
+        std::fs::remove_file(&self.path)
     }
 }
 
@@ -229,4 +231,26 @@ fn file_system_name(number: u64) -> String {
         _ => return format!("unknown ({number:#x})"),
     };
     name.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_at_which_somebody_listens_again_is_not_removed() {
+        let folder = TempDir::new().unwrap();
+        let path = folder.path().join("socket");
+        drop(UnixListener::bind(&path).unwrap());
+        let left = left_behind(&[], std::slice::from_ref(&path)).pop().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(left.remove().unwrap_err().kind(), std::io::ErrorKind::ResourceBusy);
+        assert!(path.exists());
+        drop(listener);
+        left.remove().unwrap();
+        assert!(!path.exists());
+    }
 }

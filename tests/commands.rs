@@ -4,7 +4,8 @@
 mod support;
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -312,6 +313,41 @@ fn doctor_works_with_a_daemon_and_without() {
         let is_bad = findings.iter().any(|finding| finding["verdict"] == "BAD");
         assert_eq!(output.status.code(), Some(i32::from(is_bad)));
         assert!(findings.iter().all(|finding| finding["verdict"] == "good" || finding["cure"] != ""), "{findings:?}");
+    }
+}
+
+#[test]
+fn doctor_removes_sockets_at_which_nobody_listens_and_asks_no_daemon_before() {
+    let folder = TempDir::new().unwrap();
+    let (socket, door) = (folder.path().join("tender.sock"), folder.path().join("tender.sock.door"));
+    let doctor = |flags: &[&str]| {
+        let mut command = tender();
+        command.arg("doctor").args(flags).arg("--json").arg("--dir").arg(folder.path()).arg("--socket").arg(&socket);
+        let output = run(&mut command);
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        let lines = stdout(&output).lines().filter(|line| line.contains(socket.to_str().unwrap())).map(str::to_owned);
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let names = |said: &str, path: &Path| said.contains(&format!("{}\"", path.display()));
+    for path in [&socket, &door] {
+        drop(UnixListener::bind(path).unwrap());
+    }
+    let found = doctor(&[]);
+    assert!(found.contains("left behind") && names(&found, &door), "{found}");
+    let removed = doctor(&["--clean"]);
+    assert!(names(&removed, &socket) && names(&removed, &door), "{removed}");
+    assert!(!socket.exists() && !door.exists());
+    // One that hangs, and says nothing to whoever asks.
+    let hangs = UnixListener::bind(&socket).unwrap();
+    drop(UnixListener::bind(&door).unwrap());
+    let removed = doctor(&["--clean"]);
+    assert!(!names(&removed, &socket) && names(&removed, &door), "{removed}");
+    assert!(socket.exists() && !door.exists());
+    hangs.set_nonblocking(true).unwrap();
+    for mut asked in hangs.incoming().map_while(Result::ok) {
+        let mut question = Vec::new();
+        asked.read_to_end(&mut question).unwrap();
+        assert!(question.is_empty(), "the daemon was asked");
     }
 }
 

@@ -44,15 +44,16 @@ impl Doctor {
         let config = Config::load(config.as_deref(), &overrides).map_err(Failure::message)?;
         let token_file = overrides.token_file.or_else(|| std::env::var_os("TENDER_TOKEN_FILE").map(PathBuf::from));
         let connection = Connection { socket: Some(config.socket.clone()), address: None, token_file };
+        let sockets = [config.socket.clone(), greeting::door_path(&config.socket)];
+        let left = scratch::left_behind(&config.dirs, &sockets);
+        // Nobody is asked before: a daemon that refuses or hangs is in nobody's way.
+        if clean {
+            return clean_up(&left, &output);
+        }
         let running = match connection.operator().await {
             Ok(operator) => Some(operator.status().await?),
             Err(_) => None,
         };
-        let sockets = [config.socket.clone(), greeting::door_path(&config.socket)];
-        let left = scratch::left_behind(&config.dirs, &sockets);
-        if clean {
-            return clean_up(&left, &output);
-        }
         let (origin, mut findings) = match running {
             Some(status) => {
                 let origin = format!("as found by the running daemon (process {})", status.process_id);
@@ -111,7 +112,9 @@ fn clean_up(left: &[LeftBehind], output: &Output) -> Result<(), Failure> {
     }
     match removed.iter().find_map(|(left, removed)| removed.as_ref().err().map(|error| (left, error))) {
         Some((left, error)) => {
-            Err(Failure::message(format_args!("cannot remove {}: {error}; remove it by hand", left.path.display())))
+            let is_busy = error.kind() == std::io::ErrorKind::ResourceBusy;
+            let cure = if is_busy { "it is in use, and stays" } else { "remove it by hand" };
+            Err(Failure::message(format_args!("cannot remove {}: {error}; {cure}", left.path.display())))
         }
         None => Ok(()),
     }
