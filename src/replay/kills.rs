@@ -11,6 +11,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::connect::Connection;
 use crate::lifeline::kill;
+use crate::trace::generate::share;
 
 /// A keeper gives up after more than eight crashes within a minute, as it should: its workers are killed less often.
 const WORKERS_MAX: usize = 7;
@@ -55,7 +56,7 @@ impl Moments {
     pub fn advance(&mut self) -> u64 {
         self.count += 1;
         let number = mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(self.count)));
-        self.next += self.every.mul_f64(0.5 + (number >> 11) as f64 / (1u64 << 53) as f64);
+        self.next += self.every.mul_f64(0.5 + share(number));
         number
     }
 }

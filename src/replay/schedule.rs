@@ -10,6 +10,7 @@ use std::time::Duration;
 use tender_client::proto::sum::{GOLDEN, mix};
 
 use super::protocol::{RequestJob, SessionJob, ToClient};
+use crate::trace::generate::share;
 use crate::trace::{Trace, TraceError, mooncake, session_json};
 
 /// Longest pause that is replayed, before scaling.
@@ -200,8 +201,7 @@ impl Pacing {
             .iter()
             .enumerate()
             .map(|(i, SurveyedSession { file, requests, .. })| {
-                let share =
-                    (mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(i as u64 + 1))) >> 11) as f64 / (1u64 << 53) as f64;
+                let share = share(mix(self.seed.wrapping_add(GOLDEN.wrapping_mul(i as u64 + 1))));
                 let (tenant, pace) = (i % self.tenants, self.speed.pace());
                 let job = SessionJob {
                     job: i as u64,

@@ -181,6 +181,11 @@ impl Making<'_> {
     }
 }
 
+/// A random number as one from 0 on and below 1.
+pub fn share(number: u64) -> f64 {
+    (number >> 11) as f64 / (1u64 << 53) as f64
+}
+
 /// Random numbers that a seed fixes.
 struct Numbers(u64);
 
@@ -192,7 +197,7 @@ impl Numbers {
 
     /// From least to most, small ones more often: the square of an even spread has the long tail of prompts and pauses.
     fn within(&mut self, (least, most): (u64, u64)) -> u64 {
-        let even = (self.next() >> 11) as f64 / (1u64 << 53) as f64;
+        let even = share(self.next());
         least + ((most - least) as f64 * even * even) as u64
     }
 
