@@ -54,6 +54,14 @@ impl From<Door> for Doors {
     }
 }
 
+/// The flag that names a door.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct DoorArgs {
+    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
+    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
+    pub door: Door,
+}
+
 /// Flags that name a daemon.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Connection {

@@ -11,7 +11,7 @@ use tempfile::NamedTempFile;
 use tender_client::proto::{BlockKey, Shard};
 use tender_client::{BlockStore as _, GetEnd, Remote, Tier};
 
-use crate::connect::{Connection, Door};
+use crate::connect::{Connection, DoorArgs};
 use crate::failure::Failure;
 use crate::identity::{NamespaceArgs, TokensArgs};
 use crate::output::{Output, table};
@@ -30,9 +30,8 @@ pub struct Get {
     /// File to write the blocks' bytes to, one after the other, if all of them came; `-` for standard output, as far as they came
     #[arg(short = 'o', long = "output", value_name = "FILE|-")]
     file: Option<PathBuf>,
-    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
-    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
-    door: Door,
+    #[command(flatten)]
+    door: DoorArgs,
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -90,7 +89,7 @@ impl Get {
             ));
         }
         let tokens = self.tokens.read(self.namespace.block_tokens)?;
-        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door).await?;
+        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door.door).await?;
         let keys = store.terms().chain(&tokens);
         let done = self.get(&store, &keys).await;
         store.close().await;

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 use tender_client::BlockStore as _;
 
-use crate::connect::{Connection, Door};
+use crate::connect::{Connection, DoorArgs};
 use crate::failure::Failure;
 use crate::identity::{NamespaceArgs, TokensArgs};
 use crate::output::{Output, table};
@@ -17,9 +17,8 @@ pub struct Lookup {
     namespace: NamespaceArgs,
     #[command(flatten)]
     tokens: TokensArgs,
-    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
-    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
-    door: Door,
+    #[command(flatten)]
+    door: DoorArgs,
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -30,7 +29,7 @@ impl Lookup {
     /// Asks and shows.
     pub async fn run(self) -> Result<(), Failure> {
         let tokens = self.tokens.read(self.namespace.block_tokens)?;
-        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door).await?;
+        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door.door).await?;
         let keys = store.terms().chain(&tokens);
         let found = store.lookup(&keys).await;
         store.close().await;

@@ -4,7 +4,7 @@ use clap::Args;
 use serde_json::json;
 use tender_client::BlockStore as _;
 
-use crate::connect::{Connection, Door};
+use crate::connect::{Connection, DoorArgs};
 use crate::failure::Failure;
 use crate::identity::{NamespaceArgs, TokensArgs};
 use crate::output::{Output, table};
@@ -23,9 +23,8 @@ pub struct Purge {
     /// Yes, everything
     #[arg(long)]
     yes: bool,
-    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
-    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
-    door: Door,
+    #[command(flatten)]
+    door: DoorArgs,
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -36,7 +35,7 @@ impl Purge {
     /// Purges and tells how much.
     pub async fn run(self) -> Result<(), Failure> {
         let tokens = if self.namespace { Vec::new() } else { self.tokens.read(self.identity.block_tokens)? };
-        let store = self.connection.attach(self.identity.namespace(), self.identity.layout(), self.door).await?;
+        let store = self.connection.attach(self.identity.namespace(), self.identity.layout(), self.door.door).await?;
         let keys = store.terms().chain(&tokens);
         let what = if self.namespace { tender_client::Purge::Namespace } else { tender_client::Purge::Keys(&keys) };
         let purged = store.purge(what).await;

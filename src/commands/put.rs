@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tender_client::proto::{BlockKey, Shard};
 use tender_client::{BlockStore as _, PutOutcome, Remote};
 
-use crate::connect::{Connection, Door};
+use crate::connect::{Connection, DoorArgs};
 use crate::failure::Failure;
 use crate::identity::{NamespaceArgs, TokensArgs};
 use crate::output::{Output, table};
@@ -36,9 +36,8 @@ pub struct Put {
     /// Wait until the blocks would survive a power cut; fail if one would not
     #[arg(long)]
     durable: bool,
-    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
-    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
-    door: Door,
+    #[command(flatten)]
+    door: DoorArgs,
     #[command(flatten)]
     connection: Connection,
     #[command(flatten)]
@@ -57,7 +56,7 @@ impl Put {
         let tokens = self.tokens.read(self.namespace.block_tokens)?;
         let blocks = tokens.len() / self.namespace.block_tokens as usize;
         let source = self.source(blocks as u64)?;
-        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door).await?;
+        let store = self.connection.attach(self.namespace.namespace(), self.namespace.layout(), self.door.door).await?;
         let keys = store.terms().chain(&tokens);
         let done = self.put(&store, &keys, &tokens, source).await;
         store.close().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::connect::{Connection, Door};
+use crate::connect::{Connection, DoorArgs};
 use crate::failure::Failure;
 use crate::lifeline::interrupted;
 use crate::output::Output;
@@ -62,9 +62,8 @@ pub struct Replay {
     /// Token file of a tenant of the running daemon; may be repeated
     #[arg(long, value_name = "PATH")]
     token_file: Vec<PathBuf>,
-    /// How blocks go to the daemon and come back; a ring is for a Unix socket only
-    #[arg(long, value_enum, default_value_t, value_name = "ring|grpc", hide_possible_values = true)]
-    door: Door,
+    #[command(flatten)]
+    door: DoorArgs,
     /// Kill the worker of the daemon with kill -9 about every so many seconds; another one follows it
     #[arg(long, value_parser = parse_seconds, value_name = "SECONDS", conflicts_with_all = RUNNING)]
     kill_worker_every: Option<Duration>,
@@ -131,7 +130,7 @@ impl Replay {
             client: 0,
             socket: self.socket.clone(),
             address: self.address,
-            door: self.door,
+            door: self.door.door,
             patience_ms: 0,
             token_files: self.token_files(),
             generation,
