@@ -168,7 +168,7 @@ async fn a_file_that_could_do_harm_is_refused_with_the_reason_and_the_daemons_is
     ];
     match rustix::fs::memfd_create(c"engine", MemfdFlags::HUGETLB) {
         Ok(_) => cases.push((Some(memfd(MemfdFlags::HUGETLB, bytes, CLOSED)), "without MFD_HUGETLB")),
-        Err(error) => println!("skipped: this system has no huge pages ({error})"),
+        Err(error) => println!("SKIPPED: this system has no huge pages ({error})"),
     }
     for (seed, (file, telling)) in (0..).zip(cases) {
         let attach = attach_as("hostile", "model", LARGE);

@@ -124,7 +124,7 @@ async fn shared_memory_cannot_be_opened_for_writing_nor_be_cut() {
     let hostile = Raw::open(&site.socket(), None, &attach_as("hostile", "model", LARGE)).await;
     let path = format!("/proc/self/fd/{}", hostile.shared_file.as_raw_fd());
     if hostile.verify {
-        println!("skipped: user namespaces are refused here, so a process of the daemon's own uid could write");
+        println!("SKIPPED: user namespaces are refused here, so a process of the daemon's own uid could write");
     } else {
         let error = OpenOptions::new().write(true).open(&path).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "{error}");
