@@ -1,10 +1,15 @@
-//! The examples that people begin with, run against a daemon: one in Python, over nothing but the proto file, and one in Rust.
+//! The examples that people begin with, run against a daemon: one in Python, over nothing but the proto file, and those in Rust.
 
+#[path = "../client/examples/in_place.rs"]
+mod in_place;
+#[path = "../client/examples/own_memory.rs"]
+mod own_memory;
 #[path = "../client/examples/quickstart.rs"]
 mod quickstart;
 #[expect(dead_code, reason = "each test file uses what it needs")]
 mod support;
 
+use std::error::Error;
 use std::process::{Command, Stdio};
 
 use support::site::Site;
@@ -45,21 +50,40 @@ fn the_python_example_puts_and_gets() {
     daemon.stop();
 }
 
-/// The Rust example is part of this test: in a process of its own, which is this one again, since it reads the environment.
+/// Names the example that this process is.
+const EXAMPLE: &str = "EXAMPLE";
+
+type Main = fn() -> Result<(), Box<dyn Error>>;
+
+/// With the end of what each says, the first time and the second.
+const EXAMPLES: [(&str, Main, [&str; 2]); 3] = [
+    (
+        "quickstart",
+        quickstart::main,
+        ["4 blocks: 0 were there before, 4 came back right", "4 blocks: 4 were there before, 4 came back right"],
+    ),
+    ("in_place", in_place::main, ["committed: [Stored]", "committed: []"]),
+    ("own_memory", own_memory::main, [" are Used; the block is Stored", "; the block is AlreadyPresent"]),
+];
+
+/// The Rust examples are part of this test: in processes of their own, each of which is this one again, since they read the environment.
 #[test]
-fn the_rust_example_puts_and_gets() {
-    if std::env::var_os("TENDER_SOCKET").is_some() {
-        return quickstart::main().unwrap();
+fn the_rust_examples_do_what_they_say() {
+    if let Ok(this) = std::env::var(EXAMPLE) {
+        let (_, main, _) = EXAMPLES.into_iter().find(|(name, ..)| *name == this).unwrap();
+        return main().unwrap();
     }
     let site = Site::small();
     let daemon = site.start();
-    for before in [0, 4] {
-        let mut again = Command::new(std::env::current_exe().unwrap());
-        again.args(["--exact", "the_rust_example_puts_and_gets", "--nocapture"]).env("TENDER_SOCKET", site.socket());
-        let output = run(again.stdin(Stdio::null()));
-        assert!(output.status.success(), "{}{}", stdout(&output), stderr(&output));
-        let says = format!("4 blocks: {before} were there before, 4 came back right");
-        assert!(stdout(&output).contains(&says), "{}", stdout(&output));
+    for (name, _, says) in EXAMPLES {
+        for says in says {
+            let mut again = Command::new(std::env::current_exe().unwrap());
+            again.args(["--exact", "the_rust_examples_do_what_they_say", "--nocapture"]);
+            again.env(EXAMPLE, name).env("TENDER_SOCKET", site.socket());
+            let output = run(again.stdin(Stdio::null()));
+            assert!(output.status.success(), "{name}: {}{}", stdout(&output), stderr(&output));
+            assert!(stdout(&output).lines().any(|line| line.ends_with(says)), "{name}: {}", stdout(&output));
+        }
     }
     daemon.stop();
 }

@@ -1,4 +1,5 @@
-//! Puts a block without copying it: its slot in the store's memory is filled where it lies. `in_place SOCKET`.
+//! Puts a block without copying it: its slot in the store's memory is filled where it lies.
+//! `TENDER_SOCKET=… cargo run -p tender-client --example in_place`.
 
 use std::error::Error;
 
@@ -8,9 +9,10 @@ use tender_client::{Attach, BlockStore, Remote, Reserved, Target};
 const LAYERS: usize = 4;
 const LAYER_BYTES: usize = 256 << 10;
 
+/// Exits with an error where no daemon answers.
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
-    let socket = std::env::args().nth(1).ok_or("usage: in_place SOCKET")?;
+pub async fn main() -> Result<(), Box<dyn Error>> {
+    let socket = std::env::var("TENDER_SOCKET")?;
     let namespace = Namespace::text("in-place", "bf16", 16);
     let layout = BlockLayout::opaque((LAYERS * LAYER_BYTES) as u64);
     let attach = Attach { group: "in-place".into(), member: String::new(), namespace, layout };

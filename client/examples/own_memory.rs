@@ -1,4 +1,5 @@
-//! Has the store keep blocks in memory that this process made: `own_memory SOCKET`.
+//! Has the store keep blocks in memory that this process made.
+//! `TENDER_SOCKET=… cargo run -p tender-client --example own_memory`.
 
 use std::error::Error;
 
@@ -7,9 +8,10 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use tender_client::proto::{BlockLayout, Namespace, Shard};
 use tender_client::{Attach, BlockStore, OwnMemory, Put, Remote, Target};
 
+/// Exits with an error where no daemon answers.
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
-    let socket = std::env::args().nth(1).ok_or("usage: own_memory SOCKET")?;
+pub async fn main() -> Result<(), Box<dyn Error>> {
+    let socket = std::env::var("TENDER_SOCKET")?;
     let namespace = Namespace::text("own-memory", "bf16", 16);
     let layout = BlockLayout::opaque(1 << 20);
     let attach = Attach { group: "own-memory".into(), member: String::new(), namespace, layout };
