@@ -20,12 +20,6 @@ async fn view(run: &Run, store: &Remote) -> Vec<BlockView> {
     got.blocks
 }
 
-fn unchanged(run: &Run, views: &[BlockView]) {
-    for (block, view) in views.iter().enumerate() {
-        assert!(view.equals(&run.payload(block)), "leased block {block} has changed");
-    }
-}
-
 /// Writes so many arenas full of other blocks, over gRPC and in place.
 async fn overwrite(store: &Remote, times: u32, seed: u32) {
     let bytes = store.terms().shard_bytes(1);
@@ -68,24 +62,24 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
         slots.push(slot);
     }
     daemon.kill_worker();
-    unchanged(&runs_small, &views_small);
+    assert!(runs_small.equals(&views_small), "leased blocks have changed");
     // Still held before anybody has come back: others fill memory meanwhile.
     let other = site.attach_other(attach_to("other", BlockLayout::opaque(16 << 10))).await;
     overwrite(&other, 3, 1_000).await;
-    unchanged(&runs_small, &views_small);
-    unchanged(&run_large, &views_large);
+    assert!(runs_small.equals(&views_small), "leased blocks have changed");
+    assert!(run_large.equals(&views_large), "leased blocks have changed");
     // They come back, and say what they hold.
     assert!(small.lookup(&runs_small.keys).await.prefix_blocks > 0);
     assert!(large.lookup(&run_large.keys).await.prefix_blocks > 0);
     overwrite(&small, 3, 5_000).await;
     overwrite(&large, 3, 9_000).await;
-    unchanged(&runs_small, &views_small);
-    unchanged(&run_large, &views_large);
+    assert!(runs_small.equals(&views_small), "leased blocks have changed");
+    assert!(run_large.equals(&views_large), "leased blocks have changed");
     // And once more.
     daemon.kill_worker();
     overwrite(&other, 2, 20_000).await;
-    unchanged(&runs_small, &views_small);
-    unchanged(&run_large, &views_large);
+    assert!(runs_small.equals(&views_small), "leased blocks have changed");
+    assert!(run_large.equals(&views_large), "leased blocks have changed");
     assert_eq!(large.lookup(&slow.keys).await.prefix_blocks, 0, "half of a block was published");
     for (block, slot) in slots.iter_mut().enumerate() {
         slot.write_at(50_000, &slow.payload(block)[50_000..]);
@@ -113,7 +107,7 @@ async fn views_from_before_the_worker_was_killed_stay_as_they_are_when_their_cli
     store.close().await;
     let other = site.attach_other(attach_to("other", BlockLayout::opaque(16 << 10))).await;
     overwrite(&other, 3, 1_000).await;
-    unchanged(&run, &views);
+    assert!(run.equals(&views), "leased blocks have changed");
     drop(views);
     nothing_is_leased(&daemon).await;
     daemon.stop();

@@ -90,8 +90,7 @@ async fn blocks_in_memory_that_a_client_brings_reach_others_and_outlive_the_work
     for round in 0..2 {
         daemon.kill_worker();
         for (writer, reader, memory, view, run, views) in &parties {
-            let right = |(block, view): (usize, &tender_client::BlockView)| view.equals(&run.payload(block));
-            assert!(views.0.iter().enumerate().all(right) && views.1.iter().enumerate().all(right));
+            assert!(run.equals(&views.0) && run.equals(&views.1));
             run.expect(reader, Some(Tier::Host)).await;
             // The next worker has the very file.
             let more = Run::new(writer, 10 + round, 40);
@@ -103,8 +102,7 @@ async fn blocks_in_memory_that_a_client_brings_reach_others_and_outlive_the_work
     }
     for (writer, _, _, _, run, views) in &parties {
         store_bytes(writer, 1000, HOST_BYTES).await;
-        let right = |(block, view): (usize, &tender_client::BlockView)| view.equals(&run.payload(block));
-        assert!(views.0.iter().enumerate().all(right) && views.1.iter().enumerate().all(right));
+        assert!(run.equals(&views.0) && run.equals(&views.1));
     }
     drop(parties);
     daemon.at_rest().await;

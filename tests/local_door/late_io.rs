@@ -319,9 +319,9 @@ async fn what_a_dead_worker_was_loading_is_not_used_before_it_has_ended(disk: &S
         }
         assert!(found * store.terms().shard_bytes(1) >= 8 << 20, "{found} blocks to compare");
     }
-    assert!(views.iter().enumerate().all(|(block, view)| view.equals(&leased.payload(block))), "leased bytes changed");
+    assert!(leased.equals(&views), "leased bytes changed");
     let late = got.await.unwrap();
-    assert!(late.blocks.iter().enumerate().all(|(block, view)| view.equals(&loaded.payload(block))), "wrong bytes");
+    assert!(loaded.equals(&late.blocks), "wrong bytes");
     until("the disk's return", async || filler.lookup(&loaded.keys).await.disk.iter().all(|&on_disk| on_disk)).await;
     loaded.expect(&*reader, None).await;
     put_late.present(&filler).await;

@@ -11,11 +11,6 @@ use crate::support::PATIENCE;
 use crate::support::blocks::Run;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
-/// Whether each view is what was put.
-fn are_right(run: &Run, views: &[BlockView]) -> bool {
-    views.iter().enumerate().all(|(block, view)| view.equals(&run.payload(block)))
-}
-
 /// Leases a run in place, once all of it lies in memory that only the daemon writes.
 pub async fn lease(store: &Remote, run: &Run) -> Vec<BlockView> {
     let began = Instant::now();
@@ -51,7 +46,7 @@ async fn what_is_leased_stays_as_it_is_while_others_overwrite_all_memory_five_ti
         for writer in &writers {
             store_bytes(writer, 1000 * (round + 1), HOST_BYTES / writers.len() as u64).await;
         }
-        assert!(held.iter().all(|(run, views, _)| are_right(run, views)), "other bytes than were leased");
+        assert!(held.iter().all(|(run, views, _)| run.equals(views)), "other bytes than were leased");
     }
     assert_eq!(daemon.tier(Tier::Host).await.leased_slots, leased as u64);
     let readers: Vec<_> = held.into_iter().map(|(_, _, reader)| reader).collect();

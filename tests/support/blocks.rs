@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use tender_client::proto::sum::{GOLDEN, mix};
 use tender_client::proto::{BlockKey, BlockLayout, Namespace, Shard};
-use tender_client::{Attach, BlockStore, GetEnd, Put, PutOutcome, Tier};
+use tender_client::{Attach, BlockStore, BlockView, GetEnd, Put, PutOutcome, Tier};
 
 pub const BLOCK_TOKENS: u32 = 4;
 
@@ -50,6 +50,11 @@ impl Run {
 
     pub fn payload(&self, block: usize) -> Bytes {
         payload(&self.keys[block], self.block_bytes)
+    }
+
+    /// Whether these are its blocks, from the first on, byte for byte.
+    pub fn equals(&self, views: &[BlockView]) -> bool {
+        views.iter().enumerate().all(|(block, view)| view.equals(&self.payload(block)))
     }
 
     /// Puts all shards of all blocks, of `count` each; what became of the last shard.
