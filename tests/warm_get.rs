@@ -8,11 +8,10 @@ mod support;
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
 use support::blocks::{Run, attach_to};
 use support::site::{Site, TOKEN};
-use support::{PATIENCE, run, stderr};
+use support::{run, stderr, until};
 use tender_client::proto::{BlockLayout, Shard};
 use tender_client::{Attach, BlockStore, BlockView, Doors, GetEnd, Remote, Target};
 
@@ -86,12 +85,9 @@ async fn a_process_that_gets() {
     let stores = stores(Path::new(&socket)).await;
     let runs: Vec<Run> = stores.iter().map(|store| Run::new(store, 1, BLOCKS)).collect();
     for (run, store) in runs.iter().zip(&stores) {
-        let began = Instant::now();
         // Until they lie in memory that only the daemon writes they are copied out.
-        while !store.get(&run.keys, Shard::WHOLE).await.blocks.iter().all(BlockView::is_leased) {
-            assert!(began.elapsed() < PATIENCE, "never leased in place");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let is_leased = async || store.get(&run.keys, Shard::WHOLE).await.blocks.iter().all(BlockView::is_leased);
+        until("a lease in place", is_leased).await;
     }
     for at in 0..gets as usize {
         let (run, store) = (&runs[at % 2], &stores[at % 2]);

@@ -5,6 +5,7 @@ mod support;
 
 use support::blocks::{Run, attach_to};
 use support::site::Site;
+use support::until;
 use tender_client::proto::wire::Tier as WireTier;
 use tender_client::proto::{BlockLayout, Shard};
 use tender_client::{BlockStore, BlockView, CommitOutcome, Doors, GetEnd, Remote, Reserved, Tier};
@@ -27,14 +28,6 @@ async fn overwrite(store: &Remote, times: u32, seed: u32) {
     for i in 0..times * 8 {
         let run = Run::new(store, seed + i, blocks);
         let _as_far_as_there_is_room = run.put_in(store, 1).await;
-    }
-}
-
-async fn nothing_is_leased(daemon: &support::site::Running) {
-    let began = std::time::Instant::now();
-    while daemon.tier(WireTier::Host).await.leased_slots > 0 {
-        assert!(began.elapsed() < support::PATIENCE, "leases are left over");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }
 
@@ -87,7 +80,7 @@ async fn leased_bytes_do_not_change_when_the_worker_is_killed_and_memory_is_used
     assert_eq!(large.commit(slots).await, [CommitOutcome::Stored; 8]);
     slow.expect(&large, None).await;
     drop((views_small, views_large));
-    nothing_is_leased(&daemon).await;
+    until("the end of all leases", async || daemon.tier(WireTier::Host).await.leased_slots == 0).await;
     daemon.stop();
 }
 
@@ -109,7 +102,7 @@ async fn views_from_before_the_worker_was_killed_stay_as_they_are_when_their_cli
     overwrite(&other, 3, 1_000).await;
     assert!(run.equals(&views), "leased blocks have changed");
     drop(views);
-    nothing_is_leased(&daemon).await;
+    until("the end of all leases", async || daemon.tier(WireTier::Host).await.leased_slots == 0).await;
     daemon.stop();
 }
 
@@ -195,14 +188,6 @@ async fn killed_worker_with_lock_held(daemon: &support::site::Running, file: &st
     locker.await.unwrap()
 }
 
-async fn disk_is(daemon: &support::site::Running, state: &str) {
-    let began = std::time::Instant::now();
-    while daemon.tier(WireTier::Disk).await.state != state {
-        assert!(began.elapsed() < support::PATIENCE, "the disk never is {state}: {}", daemon.said());
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn host_memory_is_served_while_the_lock_of_a_tier_file_is_awaited() {
     let site = Site::new(&["--host", "64MiB", "--disk", "256MiB"]);
@@ -223,7 +208,7 @@ async fn host_memory_is_served_while_the_lock_of_a_tier_file_is_awaited() {
     in_memory.expect(&store, Some(Tier::Host)).await;
     assert_eq!(daemon.tier(WireTier::Disk).await.state, "awaited");
     drop(lock);
-    disk_is(&daemon, "ready").await;
+    until("the disk's return", async || daemon.tier(WireTier::Disk).await.state == "ready").await;
     on_disk.expect(&store, Some(Tier::Disk)).await;
     in_memory.expect(&store, Some(Tier::Host)).await;
     let new = Run::new(&store, 3, 20);

@@ -1,7 +1,5 @@
 //! Clients that are killed, or stopped, with leases and half-written blocks.
 
-use std::time::{Duration, Instant};
-
 use tender_client::proto::door::{CommitOutcome, Filled, Reply, Request};
 use tender_client::proto::sum::fragment_sums;
 use tender_client::proto::wire::Tier;
@@ -9,9 +7,9 @@ use tender_client::{BlockStore, Lookup};
 
 use crate::actor::{Actor, attach_line};
 use crate::raw::Raw;
-use crate::support::PATIENCE;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
+use crate::support::until;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -60,11 +58,7 @@ async fn what_a_living_member_fills_is_nobody_elses_when_another_member_dies() {
         let slots = living.reserve(&in_vain);
         assert_eq!(daemon.tier(Tier::Host).await.busy_slots, 16);
         doomed.kill();
-        let began = Instant::now();
-        while daemon.tier(Tier::Host).await.busy_slots > 8 {
-            assert!(began.elapsed() < PATIENCE, "the death was not noticed");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        until("word of the death", async || daemon.tier(Tier::Host).await.busy_slots <= 8).await;
         let others = living.put(&afterwards);
         for (block, slot) in slots.iter().enumerate() {
             assert!(others.iter().all(|other| other.extent != slot.extent), "{:?} is still being filled", slot.extent);

@@ -28,7 +28,7 @@ use crate::leases::lease;
 use crate::raw::Raw;
 use crate::support::blocks::Run;
 use crate::support::site::Running;
-use crate::support::{PATIENCE, last_object, run, tender};
+use crate::support::{PATIENCE, last_object, run, tender, until};
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
 /// Set where the disk is there to be written over.
@@ -197,15 +197,6 @@ fn tool(name: &str, arguments: &[&str]) -> String {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{name} {arguments:?}: {}: {said}", output.status);
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// Waits until something is so.
-async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
-    let began = Instant::now();
-    while !is_so().await {
-        assert!(began.elapsed() < PATIENCE, "{what} did not come about");
-        sleep(Duration::from_millis(5)).await;
-    }
 }
 
 async fn is_on_disk_alone(store: &Remote, run: &Run) -> bool {

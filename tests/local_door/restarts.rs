@@ -8,6 +8,7 @@ use crate::actor::{Actor, attach_line};
 use crate::raw::Raw;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
+use crate::support::until;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
 /// Two tenants, two sizes, two groups: one writes, the others fill memory.
@@ -77,11 +78,7 @@ async fn a_client_that_is_stopped_while_the_worker_is_killed_keeps_its_leases_an
     first.expect("put 2 8", "stored 8");
     store_bytes(&writers[0], 9000, HOST_BYTES).await;
     first.expect("check", "right");
-    let began = std::time::Instant::now();
-    while daemon.tier(Tier::Host).await.leased_slots > 30 {
-        assert!(began.elapsed() < crate::support::PATIENCE, "a dead process's leases are held");
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    until("the end of a dead process's leases", async || daemon.tier(Tier::Host).await.leased_slots <= 30).await;
     first.kill();
     daemon.at_rest().await;
     daemon.stop();
