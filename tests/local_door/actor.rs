@@ -210,10 +210,7 @@ impl Part {
                 raw.accept(&offer);
                 let asked = Raw::reserve_request(&run).asked();
                 let slots = Raw::granted(raw.answer(asked));
-                for (block, slot) in slots.iter().enumerate() {
-                    raw.fill(slot, &run.payload(block));
-                }
-                raw.commit(&run, &slots);
+                raw.fill_and_commit(&run, &slots);
                 format!("stored {}", slots.len())
             }
             // A descriptor that was inherited is mapped for writing.

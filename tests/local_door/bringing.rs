@@ -5,14 +5,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Instant;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
-use tender_client::proto::door::{Asked, Reply, Request, ReserveOutcome};
+use tender_client::proto::door::{Asked, Reply, Request};
 use tender_client::proto::greeting::ToDaemon;
 use tender_client::{MemoryState, OwnMemory, Remote, Tier};
 
 use crate::leases::lease;
 use crate::memory::Memory;
 use crate::overwriting::get_right;
-use crate::raw::{Offer, Raw};
+use crate::raw::{Offer, Raw, holds_of};
 use crate::support::PATIENCE;
 use crate::support::blocks::Run;
 use crate::support::site::TOKEN;
@@ -62,11 +62,8 @@ fn offered(raw: &mut Raw, run: &Run) -> (Offer, Asked) {
 fn go_on(raw: &mut Raw, (offer, asked): (Offer, Asked), run: &Run) {
     raw.accept(&offer);
     let slots = Raw::granted(raw.answer(asked));
-    for (block, slot) in slots.iter().enumerate() {
-        assert_eq!(slot.extent.segment, offer.mapping);
-        raw.fill(slot, &run.payload(block));
-    }
-    raw.commit(run, &slots);
+    slots.iter().for_each(|slot| assert_eq!(slot.extent.segment, offer.mapping));
+    raw.fill_and_commit(run, &slots);
 }
 
 /// Two tenants, two sizes, two groups of each.
@@ -206,10 +203,7 @@ async fn a_file_that_is_in_use_is_not_taken_from_anybody() {
     owner.bring(offer.mapping, Some(file.as_fd())).expect("nothing is wrong with it");
     owner.own.insert(offer.mapping, memory);
     let slots = Raw::granted(owner.answer(asked));
-    for (block, slot) in slots.iter().enumerate() {
-        owner.fill(slot, &first.payload(block));
-    }
-    owner.commit(&first, &slots);
+    owner.fill_and_commit(&first, &slots);
 
     // By another tenant; by a process of this one that was given it to read, which is a descriptor with all seals on it.
     let mut stranger = Raw::open(&site.socket(), Some(TOKEN), &attach_as("stranger", "model", SMALL)).await;
@@ -248,12 +242,7 @@ async fn a_file_that_is_in_use_is_not_taken_from_anybody() {
         owner.socket.say(ToDaemon::Unmappable(offer.mapping), &[]);
         let reply = owner.answer(asked);
         let Reply::Reserved(outcomes) = reply else { panic!("{reply:?}") };
-        let holds = outcomes.iter().filter_map(|outcome| match outcome {
-            ReserveOutcome::Granted { hold, .. } => Some(*hold),
-            _ => None,
-        });
-        let holds: Vec<_> = holds.collect();
-        owner.ask(&Request::Abort(holds.into()));
+        owner.ask(&Request::Abort(holds_of(&outcomes).into()));
     }
     let reader = client(&site, false, attach_as("reader", "model", LARGE)).await;
     first.expect(&reader, Some(Tier::Host)).await;

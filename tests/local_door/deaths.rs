@@ -3,12 +3,12 @@
 use tender_client::proto::door::{CommitOutcome, Filled, Reply, Request};
 use tender_client::proto::sum::fragment_sums;
 use tender_client::proto::wire::Tier;
-use tender_client::{BlockStore, Lookup};
+use tender_client::{BlockStore, Lookup, Remote};
 
 use crate::actor::{Actor, attach_line};
 use crate::raw::Raw;
 use crate::support::blocks::Run;
-use crate::support::site::TOKEN;
+use crate::support::site::{Site, TOKEN};
 use crate::support::until;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
@@ -80,15 +80,12 @@ async fn what_a_living_member_fills_is_nobody_elses_when_another_member_dies() {
     daemon.stop();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_stopped_client_keeps_its_leases_and_goes_on() {
-    let site = site("0");
-    let daemon = site.start_ready().await;
-    let mut stopped = Vec::new();
-    let mut writers = Vec::new();
+/// Two tenants and two sizes: of each a client that put a run of 30, and a process that leased it and was stopped.
+pub async fn stopped_with_leases(site: &Site) -> (Vec<Remote>, Vec<Actor>) {
+    let (mut writers, mut stopped) = (Vec::new(), Vec::new());
     for (is_other, model, block_bytes) in [(false, "large", LARGE), (true, "small", SMALL)] {
         let token = is_other.then_some(TOKEN);
-        let writer = client(&site, is_other, attach_as("writer", model, block_bytes)).await;
+        let writer = client(site, is_other, attach_as("writer", model, block_bytes)).await;
         Run::new(&writer, 1, 30).put(&writer).await;
         let mut actor = Actor::start(site.path(model));
         actor.expect(&attach_line(&site.socket(), token, "stopped", model, block_bytes), "attached");
@@ -97,6 +94,14 @@ async fn a_stopped_client_keeps_its_leases_and_goes_on() {
         stopped.push(actor);
         writers.push(writer);
     }
+    (writers, stopped)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stopped_client_keeps_its_leases_and_goes_on() {
+    let site = site("0");
+    let daemon = site.start_ready().await;
+    let (writers, mut stopped) = stopped_with_leases(&site).await;
     for writer in &writers {
         store_bytes(writer, 1000, 2 * HOST_BYTES / writers.len() as u64).await;
     }

@@ -320,10 +320,7 @@ async fn what_a_dead_worker_was_loading_is_not_used_before_it_has_ended(disk: &S
     assert_eq!(filler.lookup(&written.keys).await.prefix_blocks, 0, "half of a block was published");
     let mut writer = writer.come_again(&site.socket(), None, &attach_as("writer", "model", SMALL)).await;
     assert_eq!(writer.confirm(&slots), slots.len(), "a reservation was lost");
-    for (block, slot) in slots.iter().enumerate() {
-        writer.fill(slot, &written.payload(block));
-    }
-    writer.commit(&written, &slots);
+    writer.fill_and_commit(&written, &slots);
     written.expect(&filler, None).await;
     writer.leave();
     assert!(granted < ended, "host memory was not served before the dead worker's last request had ended");

@@ -282,13 +282,8 @@ impl Raw {
             if outcomes.iter().all(is_granted) {
                 return Self::granted(reply);
             }
-            let holds = outcomes.iter().filter_map(|outcome| match outcome {
-                ReserveOutcome::Granted { hold, .. } => Some(*hold),
-                _ => None,
-            });
-            let holds: Vec<HoldId> = holds.collect();
             assert!(began.elapsed() < PATIENCE, "no memory to write: {outcomes:?}");
-            self.ask(&Request::Abort(holds.into()));
+            self.ask(&Request::Abort(holds_of(outcomes).into()));
             sleep(Duration::from_millis(20));
         }
     }
@@ -324,15 +319,29 @@ impl Raw {
     /// Puts a run as it should be put.
     pub fn put(&mut self, run: &Run) -> Vec<Slot> {
         let slots = self.reserve(run);
+        self.fill_and_commit(run, &slots);
+        slots
+    }
+
+    /// Writes the blocks of a run to its slots, and commits them.
+    pub fn fill_and_commit(&mut self, run: &Run, slots: &[Slot]) {
         for (block, slot) in slots.iter().enumerate() {
             self.fill(slot, &run.payload(block));
         }
-        self.commit(run, &slots);
-        slots
+        self.commit(run, slots);
     }
 
     pub fn leave(self) {
         self.socket.say(ToDaemon::Leave, &[]);
         self.socket.expect_end();
     }
+}
+
+/// What was granted.
+pub fn holds_of(outcomes: &[ReserveOutcome]) -> Vec<HoldId> {
+    let holds = outcomes.iter().filter_map(|outcome| match outcome {
+        ReserveOutcome::Granted { hold, .. } => Some(*hold),
+        _ => None,
+    });
+    holds.collect()
 }

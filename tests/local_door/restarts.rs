@@ -4,10 +4,9 @@ use tender_client::BlockStore;
 use tender_client::proto::door::{Reply, Request};
 use tender_client::proto::wire::Tier;
 
-use crate::actor::{Actor, attach_line};
+use crate::actor::Actor;
+use crate::deaths::stopped_with_leases;
 use crate::raw::Raw;
-use crate::support::blocks::Run;
-use crate::support::site::TOKEN;
 use crate::support::until;
 use crate::{HOST_BYTES, LARGE, SMALL, attach_as, client, site, store_bytes};
 
@@ -39,10 +38,7 @@ async fn what_was_being_written_when_the_worker_was_killed_is_published_by_its_o
     assert_eq!(writer.confirm(&slots), slots.len(), "a reservation was lost");
     store_bytes(&witness, 3_000, HOST_BYTES).await;
     assert_eq!(witness.lookup(&run.keys).await.prefix_blocks, 0, "half of a block was published");
-    for (block, slot) in slots.iter().enumerate() {
-        writer.fill(slot, &run.payload(block));
-    }
-    writer.commit(&run, &slots);
+    writer.fill_and_commit(&run, &slots);
     run.expect(&witness, None).await;
     writer.leave();
     daemon.stop();
@@ -53,19 +49,7 @@ async fn what_was_being_written_when_the_worker_was_killed_is_published_by_its_o
 async fn a_client_that_is_stopped_while_the_worker_is_killed_keeps_its_leases_and_one_that_dies_does_not() {
     let site = site("0");
     let daemon = site.start_ready().await;
-    let mut actors = Vec::new();
-    let mut writers = Vec::new();
-    for (is_other, model, block_bytes) in [(false, "large", LARGE), (true, "small", SMALL)] {
-        let token = is_other.then_some(TOKEN);
-        let writer = client(&site, is_other, attach_as("writer", model, block_bytes)).await;
-        Run::new(&writer, 1, 30).put(&writer).await;
-        let mut actor = Actor::start(site.path(model));
-        actor.expect(&attach_line(&site.socket(), token, "stopped", model, block_bytes), "attached");
-        actor.expect("lease 1 30", "leased 30");
-        actor.signal("STOP");
-        actors.push(actor);
-        writers.push(writer);
-    }
+    let (writers, actors) = stopped_with_leases(&site).await;
     daemon.kill_worker();
     for writer in &writers {
         store_bytes(writer, 1000, 2 * HOST_BYTES / writers.len() as u64).await;
