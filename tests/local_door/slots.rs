@@ -1,11 +1,17 @@
 //! Slots that clients of the crate fill themselves.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
 use tender_client::proto::{Shard, sum};
 use tender_client::{BlockStore, CommitOutcome, Purge, PutOutcome, Remote, Reserved, Slot};
+use tokio::time::sleep;
 
 use crate::bringing::bring_to;
 use crate::memory::write_by_address;
 use crate::support::blocks::Run;
+use crate::support::until;
 use crate::{HOST_BYTES, SMALL, attach_as, client, site, store_bytes};
 
 /// No whole number of pages, nor of fragments.
@@ -129,17 +135,22 @@ async fn a_commit_under_way_when_the_worker_is_killed_says_what_became_of_it() {
             slot.fill(&run.payload(block));
         }
         // Many small ones, so that some are answered and others are not.
+        let answered = Arc::new(AtomicUsize::new(0));
         let committing = {
-            let writer = writer.clone();
+            let (writer, answered) = (writer.clone(), Arc::clone(&answered));
             tokio::spawn(async move {
                 let mut outcomes = Vec::new();
                 for slot in slots {
                     outcomes.extend(writer.commit(vec![slot]).await);
+                    answered.fetch_add(1, Ordering::Relaxed);
+                    // Else all may be answered before the signal is there.
+                    sleep(Duration::from_millis(1)).await;
                 }
                 outcomes
             })
         };
-        tokio::task::yield_now().await;
+        until("an answer", async || answered.load(Ordering::Relaxed) > 0).await;
+        assert!(!committing.is_finished(), "all was committed before the worker was killed");
         daemon.kill_worker();
         assert_eq!(committing.await.unwrap(), [CommitOutcome::Stored; 100]);
         run.expect(&reader, None).await;
