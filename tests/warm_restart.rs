@@ -21,6 +21,10 @@ async fn view(run: &Run, store: &Remote) -> Vec<BlockView> {
     got.blocks
 }
 
+fn answers(site: &Site) -> bool {
+    support::run(support::tender().arg("status").arg("--socket").arg(site.socket())).status.success()
+}
+
 /// Writes so many arenas full of other blocks, over gRPC and in place.
 async fn overwrite(store: &Remote, times: u32, seed: u32) {
     let bytes = store.terms().shard_bytes(1);
@@ -155,13 +159,40 @@ async fn host_memory_outlives_a_binary_that_is_missing_when_the_next_worker_is_t
     let refused = || daemon.said().matches("does not start the next daemon").count();
     support::wait_until("two refusals of the system", || refused() >= 2);
     std::fs::rename(&away, &binary).unwrap();
-    support::wait_until("the next worker", || {
-        support::run(support::tender().arg("status").arg("--socket").arg(site.socket())).status.success()
-    });
+    support::wait_until("the next worker", || answers(&site));
     // Who met nobody for so long does not try again at once.
     let again = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
     run.expect(&again, Some(Tier::Host)).await;
     daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_starts_in_a_row_that_fail_have_host_memory_made_anew() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    let store = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    let run = Run::new(&store, 1, 200);
+    run.put(&store).await;
+    drop(store);
+    daemon.kill_workers_until_it_says("host memory is made anew, since 2 starts from it failed");
+    support::wait_until("a worker that serves", || answers(&site));
+    let again = site.attach(attach_to("one", BlockLayout::opaque(16 << 10))).await;
+    run.expect_nothing(&again).await;
+    run.put(&again).await;
+    run.expect(&again, Some(Tier::Host)).await;
+    daemon.stop();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_daemon_whose_worker_crashes_nine_times_within_a_minute_ends() {
+    let site = site();
+    let daemon = site.start_ready().await;
+    for _ in 0..8 {
+        daemon.kill_worker();
+        support::wait_until("the next worker", || answers(&site));
+    }
+    let said = daemon.kill_worker_for_good();
+    assert!(said.contains("more than 8 times within 60 s"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -199,6 +199,24 @@ impl Running {
         wait_until("the next worker", || super::children_of(keeper).iter().any(|child| *child != worker));
     }
 
+    /// kill -9 of each worker as soon as it is there, until the keeper has said so much.
+    pub fn kill_workers_until_it_says(&self, words: &str) {
+        let began = Instant::now();
+        let mut killed = None;
+        loop {
+            let worker = super::children_of(self.child.id()).into_iter().find(|worker| Some(*worker) != killed);
+            // Looked for before: once it is said, the keeper may have other children for a moment.
+            if self.said().contains(words) {
+                return;
+            }
+            assert!(began.elapsed() < super::PATIENCE, "`{words}` is not in {}", self.said());
+            if let Some(worker) = worker {
+                signal(worker, "KILL");
+                killed = Some(worker);
+            }
+        }
+    }
+
     /// Sends a signal to the worker alone.
     pub fn signal_worker(&self, name: &str) {
         signal(super::children_of(self.child.id())[0], name);
