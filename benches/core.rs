@@ -82,7 +82,7 @@ impl Bench {
             ReserveOutcome::Granted { hold, .. } => Filled { hold: *hold, sums: vec![0] },
             other => panic!("there is room for all, not {other:?}"),
         });
-        let verb = Verb::Commit(attachment, filled.collect());
+        let verb = Verb::Commit { attachment, filled: filled.collect(), door };
         assert!(matches!(self.ask(verb), Reply::Committed(_)), "a commit is answered");
     }
 
