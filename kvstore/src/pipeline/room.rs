@@ -226,13 +226,25 @@ impl Core {
             }
         }
         // One segment at a time comes for a tenant.
-        if place == Place::Disk || !self.want_segment(self.slab(place).owner(shelf).tenant) {
-            self.drain_if_worth_it(place, shelf);
+        let may_drain = place == Place::Disk || !self.want_segment(self.slab(place).owner(shelf).tenant);
+        if may_drain {
+            let age_ms = self.age_ms(place, shelf);
+            self.drain_if_worth_it(place, shelf, age_ms);
         }
-        self.slab(place).has_room(shelf)
+        let has_room = self.slab(place).has_room(shelf)
             || self.evict(place, shelf)
             || self.evict_below(place, shelf)
-            || place == Place::Host && self.drop_oldest_partial(shelf)
+            || place == Place::Host && self.drop_oldest_partial(shelf);
+        if !has_room && may_drain {
+            // What is in use is as good as used just now, however old: it may be by the block itself that wants more room.
+            self.drain_if_worth_it(place, shelf, Some(0));
+        }
+        has_room
+    }
+
+    /// For how long the coldest copy of a shelf is unused.
+    fn age_ms(&self, place: Place, shelf: ShelfId) -> Option<u64> {
+        self.index.coldest_use_ms(place, shelf).map(|used_ms| self.now_ms - used_ms)
     }
 
     /// Evicts the coldest copy of a shelf that may go. In host memory, one that is not on disk yet is written there first if it is
@@ -312,11 +324,10 @@ impl Core {
     }
 
     /// Lets a segment change owner if it holds what was not used for much longer than what the asking shelf would have to give up.
-    fn drain_if_worth_it(&mut self, place: Place, shelf: ShelfId) {
+    fn drain_if_worth_it(&mut self, place: Place, shelf: ShelfId, own_age_ms: Option<u64>) {
         if self.draining[place.at()].is_some() {
             return;
         }
-        let age = |shelf| self.index.coldest_use_ms(place, shelf).map(|used| self.now_ms - used);
         let slab = self.slab(place);
         let tenant = slab.owner(shelf).tenant;
         let size = |shelf: ShelfId| slab.shelf_size(shelf).0;
@@ -328,8 +339,8 @@ impl Core {
             other != shelf && size(other) > 0 && owner.writer.is_none() && (!is_own_only || owner.tenant == tenant)
         };
         let mut donors: Vec<ShelfId> = slab.shelves().filter(is_donor).map(|(donor, _)| donor).collect();
-        donors.sort_by_key(|&donor| std::cmp::Reverse(age(donor).unwrap_or(u64::MAX)));
-        let worth_it = |&donor: &ShelfId| match (age(shelf), age(donor)) {
+        donors.sort_by_key(|&donor| std::cmp::Reverse(self.age_ms(place, donor).unwrap_or(u64::MAX)));
+        let worth_it = |&donor: &ShelfId| match (own_age_ms, self.age_ms(place, donor)) {
             // A shelf without any segment must get one; one whose blocks are merely all in use waits for them.
             (None, _) => size(shelf) == 0,
             (Some(_), None) => slab.shelf_size(donor).1 == 0,

@@ -292,3 +292,34 @@ fn a_tenant_has_its_part_of_the_holds_and_others_have_theirs() {
     site.ask(process.tenant, Verb::Release(By::Daemon, vec![acquired.blocks[0].parts[0].hold]));
     assert!(matches!(site.reserve(process, Door::Stream), ReserveOutcome::Granted { .. }));
 }
+
+#[test]
+fn a_block_whose_shards_came_by_both_doors_comes_to_shared_memory_when_it_holds_a_part_of_its_room() {
+    let mut site = Site::new(1, 1);
+    // Three of four segments hold one block each; the last one holds two shards of the other size.
+    let whole = site.attach(0, "whole", "adapter", SEGMENT_BYTES);
+    for _ in 0..3 {
+        let ReserveOutcome::Granted { hold, .. } = site.reserve(whole, Door::Stream) else { panic!("there is room") };
+        assert_eq!(site.commit(whole, hold, SEGMENT_BYTES, Door::Stream), CommitOutcome::Stored);
+    }
+    let local = site.attach(0, "halves", "", SEGMENT_BYTES);
+    assert!(matches!(site.join(local, None), Reply::Joined { .. }));
+    let keys = vec![site.next_key(local.root)];
+    for (index, door) in [(0, Door::Stream), (1, Door::Ring)] {
+        let (shard, keys) = (Shard { index, count: 2 }, keys.clone());
+        let (attachment, parent, bytes_max) = (local.id, local.root, u64::MAX);
+        let reserve = Verb::Reserve { attachment, parent, keys, shard, bytes_max, door };
+        let mut reply = site.ask(local.tenant, reserve.clone());
+        if door == Door::Ring {
+            reply = site.ask(local.tenant, reserve);
+        }
+        let Some(Reply::Reserved(outcomes)) = reply else { panic!("no reservation: {reply:?}") };
+        let ReserveOutcome::Granted { hold, .. } = outcomes[0] else { panic!("there is room: {outcomes:?}") };
+        let stored = [CommitOutcome::ShardStored, CommitOutcome::Stored][usize::from(index)];
+        assert_eq!(site.commit(local, hold, SEGMENT_BYTES / 2, door), stored);
+    }
+    for _ in 0..600 {
+        site.pass(20);
+    }
+    assert_eq!(site.promotions.len(), 2, "nobody uses the others, and it waits for a second slot for ever");
+}
