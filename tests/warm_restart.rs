@@ -272,7 +272,7 @@ async fn leaves_what_was_being_loaded_out_of_use(changed: &str) -> bool {
     std::fs::write(&file, config.replace("second", changed)).unwrap();
     daemon.kill_worker();
     gets.abort();
-    disk_is(&daemon, "ready").await;
+    until("the disk", async || daemon.tier(WireTier::Disk).await.state == "ready").await;
     let is_left = daemon.said().contains("used by nobody until the daemon is stopped");
     daemon.stop();
     is_left
