@@ -52,7 +52,19 @@ impl Core {
         for ((written, namespace, key), slots) in copies {
             self.recover_copy(written, namespace, key, slots);
         }
+        for tenant in (0..self.config.tenants.len() as u16).map(TenantId) {
+            self.recover_quota(tenant);
+        }
         warnings
+    }
+
+    /// A page that was not written again since may name what was evicted before the crash: with that a tenant may have more than its quota.
+    fn recover_quota(&mut self, tenant: TenantId) {
+        let is_over = |core: &Self| {
+            let (used, quota) = core.disk().tier.tenant(tenant);
+            quota.is_some_and(|quota| used > quota)
+        };
+        while is_over(self) && self.evict_of_tenant(Place::Disk, tenant) {}
     }
 
     fn recover_segment(&mut self, segment: u32, found: FoundSegment, copies: &mut Copies) -> Result<(), String> {
@@ -130,3 +142,6 @@ impl Core {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -314,7 +314,7 @@ impl Core {
     }
 
     /// Evicts the coldest copy of a tenant, of whatever size.
-    fn evict_of_tenant(&mut self, place: Place, tenant: TenantId) -> bool {
+    pub(super) fn evict_of_tenant(&mut self, place: Place, tenant: TenantId) -> bool {
         let slab = self.slab(place);
         let shelves = slab.shelves().filter(|(_, owner)| owner.tenant == tenant).map(|(shelf, _)| shelf);
         let mut shelves: Vec<(u64, ShelfId)> =

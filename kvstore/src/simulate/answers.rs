@@ -279,7 +279,7 @@ impl World {
         root == sum::root(seed, &sums)
     }
 
-    fn within_quotas(status: &CoreStatus) {
+    pub(super) fn within_quotas(status: &CoreStatus) {
         /// One block that is being copied within host memory is there twice: the largest, in four shards.
         const COPIED_BYTES: u64 = 4 * 28_672;
         for tenant in &status.tenants {
