@@ -1,4 +1,5 @@
-//! The worker is killed while its requests are on their way to a slow disk; the system carries them out all the same, seconds later.
+//! The worker is killed while its requests are on their way to a slow disk; the system carries them out all the same, seconds later. Or it
+//! is stopped meanwhile, and does not wait for them.
 //!
 //! Needs a virtual machine with a disk whose speed can be changed. `TENDER_RDMA_VM` names a program that boots one on the files of this
 //! system and runs a command in it as root, with an empty disk at [`DEVICE`]: `$TENDER_RDMA_VM --hosts 0 --disk 16G --timeout 900 -- COMMAND`.
@@ -72,6 +73,7 @@ async fn in_a_machine() {
     let disk = SlowDisk::make();
     what_a_dead_worker_was_loading_is_not_used_before_it_has_ended(&disk).await;
     a_replay_goes_on_through_the_deaths_of_workers(&disk);
+    a_stop_leaves_what_a_stalled_disk_has_in_flight(&disk).await;
 }
 
 /// A file system on a device that can be made slow, part by part.
@@ -211,9 +213,9 @@ async fn at_rest(daemon: &Running) {
     .await;
 }
 
-/// Puts other blocks until that moment, compares them while they are where they were put, and goes on until memory was filled twice: all
-/// that was put, the last run last, and when the first block had been.
-async fn fill(store: &Remote, seed: u32, until: Instant) -> (Vec<Run>, Instant) {
+/// Puts other blocks until late requests may end, which nothing is put over then; compares them when all have ended, and goes on until
+/// memory was filled twice: all that was put, the last run last, and when the first block had been.
+async fn fill(store: &Remote, seed: u32, late: &Range<Instant>) -> (Vec<Run>, Instant) {
     let (mut runs, mut stored, mut first, mut is_compared) = (Vec::<Run>::new(), 0, None, false);
     let (began, block_bytes) = (Instant::now(), store.terms().shard_bytes(1) as u64);
     for seed in seed.. {
@@ -227,11 +229,14 @@ async fn fill(store: &Remote, seed: u32, until: Instant) -> (Vec<Run>, Instant) 
                 runs.push(run);
             }
         }
-        if Instant::now() > until && !is_compared {
+        if Instant::now() > late.start && !is_compared {
             is_compared = true;
+            tokio::time::sleep_until(late.end.into()).await;
+            let mut found = 0;
             for run in runs.iter().rev() {
-                run.present(store).await;
+                found += run.present(store).await.iter().filter(|&&is_there| is_there).count();
             }
+            println!("{found} of {} blocks of {block_bytes} bytes compared", runs.len() * 64);
         }
         if is_compared && stored > 2 * HOST_BYTES {
             break;
@@ -286,8 +291,8 @@ async fn what_a_dead_worker_was_loading_is_not_used_before_it_has_ended(disk: &S
     let on_their_way = disk.in_flight();
     assert!(on_their_way.0 > 0 && on_their_way.1 > 0 && began.elapsed() < DELAY, "nothing ends late");
     // Whatever was loaded when nobody waited for the end has arrived before anything is compared.
-    let end = began + DELAY + Duration::from_millis(500);
-    let next = async { tokio::join!(fill(&filler, 100_000, end), fill(&other, 200_000, end)) };
+    let late = began + DELAY - Duration::from_secs(2)..began + DELAY + Duration::from_millis(500);
+    let next = async { tokio::join!(fill(&filler, 100_000, &late), fill(&other, 200_000, &late)) };
     let last = async {
         // Writes of the next worker's own may hide that the last one has ended.
         until("the end of what was on its way", async || disk.in_flight().0 == 0).await;
@@ -358,4 +363,31 @@ fn a_replay_goes_on_through_the_deaths_of_workers(disk: &SlowDisk) {
     assert_eq!((number("requests"), number("wrong_blocks")), (900, 0));
     assert!(number("killed_workers") > 1 && number("hit_blocks_disk") > 0 && number("hit_blocks_host") > 0);
     tool("umount", &[place.to_str().unwrap()]);
+}
+
+async fn a_stop_leaves_what_a_stalled_disk_has_in_flight(disk: &SlowDisk) {
+    let site = site("12GiB");
+    disk.mount(&site.path("data"));
+    let daemon = site.start_ready().await;
+    let store = client(&site, false, attach_as("group", "model", LARGE)).await;
+    let safe = Run::new(&store, 1, 8);
+    safe.put_durably(&store).await;
+    let lost = Run::new(&store, 2, 8);
+    lost.put(&store).await;
+    store.close().await;
+    let began = Instant::now();
+    disk.slow_down(&[(0..disk.sectors, 0, PATIENCE.as_millis() as u64)]);
+    daemon.stop();
+    assert!(disk.in_flight().1 > 0, "it waited for what was in flight");
+    println!("stopped after {:?} with {:?} in flight", began.elapsed(), disk.in_flight());
+    let said = std::fs::read_to_string(site.path("daemon.log")).unwrap();
+    assert!(said.contains("stopped without the disk"), "{said}");
+    disk.slow_down(&[]);
+    let daemon = site.start_ready().await;
+    let store = client(&site, false, attach_as("group", "model", LARGE)).await;
+    safe.expect(&store, Some(tender_client::Tier::Disk)).await;
+    lost.present(&store).await;
+    store.close().await;
+    daemon.stop();
+    tool("umount", &[site.path("data").to_str().unwrap()]);
 }
