@@ -68,6 +68,7 @@ impl Door {
         }
         let mut outcomes = Vec::new();
         let mut writing = Writing { node: Arc::clone(&self.0), places: Vec::new() };
+        let turn = self.0.turn.lock().await;
         let present = store.lookup(&keys).await.host;
         for (key, present) in keys.iter().zip(present) {
             let is_last = outcomes.len() + 1 == keys.len();
@@ -78,6 +79,7 @@ impl Door {
                 (false, _) => Wire::PutBeingWritten,
             });
         }
+        drop(turn);
         let outcomes_message = |outcomes: &[Wire]| {
             let few = usize::from(self.0.trouble() == Trouble::FewOutcomes);
             wire::PutOutcomes { outcomes: outcomes.iter().skip(few).map(|outcome| (*outcome).into()).collect() }
@@ -96,6 +98,7 @@ impl Door {
                 return Err(Status::unavailable("stopping"));
             }
         }
+        let turn = self.0.turn.lock().await;
         for (index, outcome) in outcomes.iter_mut().enumerate().filter(|(_, outcome)| **outcome == Wire::PutAccepted) {
             let (key, payload) = (keys[index], payloads[index].split().freeze());
             if let Some(root) = header.roots.get(index) {
@@ -114,6 +117,7 @@ impl Door {
             };
         }
         drop(writing);
+        drop(turn);
         let part = Some(put_reply::Part::Committed(outcomes_message(&outcomes)));
         replies.send(Ok(wire::PutReply { part })).await.map_err(|_| Status::cancelled("gone"))
     }
