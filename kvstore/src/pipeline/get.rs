@@ -145,8 +145,7 @@ impl Core {
         if holder.door == Door::Stream {
             return u64::MAX;
         }
-        let slab = &self.host.tier.slab;
-        let host_bytes = slab.segment_bytes() * u64::from(slab.segment_count());
+        let host_bytes = self.host.tier.slab.capacity_bytes();
         let share =
             host_bytes / 2 / self.config.tenants.len() as u64 / self.attachments.local_groups(tenant).max(1) as u64;
         share.saturating_sub(self.leased_bytes.get(&holder.group).copied().unwrap_or(0))

@@ -69,7 +69,7 @@ impl Core {
                 Place::Disk => (0, (self.loads.len() + self.write_backs.len()) as u64),
             };
             TierStatus {
-                capacity_bytes: slab.segment_bytes() * u64::from(slab.segment_count()),
+                capacity_bytes: slab.capacity_bytes(),
                 usage: slab.usage(),
                 blocks: self.index.blocks[place.at()],
                 leased_slots,

@@ -82,8 +82,7 @@ impl Core {
 
     /// What is queued cannot be evicted, so a quarter of host memory is the most of what nobody waits for and nothing hangs on.
     fn is_write_back_full(&self, more_bytes: u64) -> bool {
-        let slab = &self.host.tier.slab;
-        let host_bytes = slab.segment_bytes() * u64::from(slab.segment_count());
+        let host_bytes = self.host.tier.slab.capacity_bytes();
         self.write_backs.len() >= limits::WRITE_BACKS_MAX || self.writing_bytes + more_bytes > host_bytes / 4
     }
 

@@ -166,6 +166,11 @@ impl Slab {
         self.segment_bytes
     }
 
+    /// Bytes of all segments that only the daemon writes.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.segment_bytes * u64::from(self.segment_count())
+    }
+
     /// Segments that only the daemon writes.
     pub fn segment_count(&self) -> u32 {
         self.shared_count

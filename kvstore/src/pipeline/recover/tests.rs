@@ -30,20 +30,7 @@ fn core(quota_blocks: u64, found_blocks: u32) -> Core {
         allow_public: false,
         seed: 1,
     });
-    let entry = |number: u32| Entry {
-        key: BlockKey::from_bytes([number as u8 + 1; 32]),
-        parent: BlockKey::from_bytes([0; 32]),
-        namespace: [0; 16],
-        root: 0,
-        written: u64::from(number) + 1,
-        payload_bytes: SLOT_BYTES,
-        shard_index: 0,
-        shard_count: 1,
-        kind: 0,
-        reuse_rule: 0,
-        public: false,
-        layout: 0,
-    };
+    let entry = |number: u32| Entry::of_whole_block(number as u8 + 1, u64::from(number) + 1, SLOT_BYTES);
     let entries: Vec<Option<Entry>> = (0..ENTRIES_PER_PAGE).map(|i| (i < found_blocks).then(|| entry(i))).collect();
     let page = DirectoryPage { tenant, sequence: 1, epoch: 1, segment: 0, page: 0, slot_bytes: SLOT_BYTES, entries };
     let segment = FoundSegment { segment: 0, tenant, slot_bytes: SLOT_BYTES, epoch: 1, pages: vec![Some((0, page))] };

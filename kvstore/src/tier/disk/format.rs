@@ -312,4 +312,25 @@ pub fn tenant_tag(name: &str) -> [u8; 16] {
 }
 
 #[cfg(test)]
+impl Entry {
+    /// A whole block whose key is this byte again and again.
+    pub fn of_whole_block(key: u8, written: u64, payload_bytes: u32) -> Self {
+        Self {
+            key: BlockKey::from_bytes([key; 32]),
+            parent: BlockKey::from_bytes([0; 32]),
+            namespace: [0; 16],
+            root: 0,
+            written,
+            payload_bytes,
+            shard_index: 0,
+            shard_count: 1,
+            kind: 0,
+            reuse_rule: 0,
+            public: false,
+            layout: 0,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests;

@@ -1,7 +1,5 @@
 //! Which pages count after a crash that let some of them through.
 
-use tender_proto::BlockKey;
-
 use super::*;
 use crate::device::block::simulated::DiskImage;
 use crate::device::memory::Page;
@@ -21,20 +19,7 @@ fn image() -> DiskImage {
 
 /// A page of segment 0 whose first entry has that number.
 fn write(image: &mut DiskImage, page: u32, copy: u32, epoch: u64, sequence: u64) {
-    let entry = Entry {
-        key: BlockKey::from_bytes([page as u8; 32]),
-        parent: BlockKey::from_bytes([0; 32]),
-        namespace: [0; 16],
-        root: 0,
-        written: sequence,
-        payload_bytes: SLOT_BYTES,
-        shard_index: 0,
-        shard_count: 1,
-        kind: 0,
-        reuse_rule: 0,
-        public: false,
-        layout: 0,
-    };
+    let entry = Entry::of_whole_block(page as u8, sequence, SLOT_BYTES);
     let mut entries = vec![None; format::ENTRIES_PER_PAGE as usize];
     entries[0] = Some(entry);
     let page_of = DirectoryPage { tenant: [3; 16], sequence, epoch, segment: 0, page, slot_bytes: SLOT_BYTES, entries };
